@@ -1,0 +1,123 @@
+"""A batch of images seen in several contexts: the mapping that every part passes to the next, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Contexts: TypeAlias = Mapping[str, Tensor]
+"""Embeddings `(N, D)` by the name of their context; each context has a `D` of its own, all share `N`."""
+
+
+class Banks(Protocol):
+    """Rows `(K, D)` by the name of their context: a `cgh.MemoryBank`, or a plain dictionary of tensors."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+
+def check_contexts(contexts: Contexts, owner: str, names: Sequence[str] | None = None) -> int:
+    """Check embeddings where they enter and return their batch size `N`.
+
+    Args:
+        contexts: embeddings `(N, D)` by name.
+        owner: what they are, for the message ("student", "teacher").
+        names: the contexts that must be there; all that are there are checked by default.
+
+    Raises:
+        TypeError: not a mapping, or not floating point.
+        ValueError: a name is missing, a tensor is not `(N, D)`, batch sizes differ, a batch is empty, or a value is
+            not finite (on an accelerator an asynchronous assertion, so that nothing waits for the device).
+    """
+    if not isinstance(contexts, Mapping):
+        raise TypeError(
+            f"{owner} must map context names to (N, D) tensors, such as {{'global': z}}; got {type(contexts).__name__}."
+        )
+    names = list(contexts) if names is None else names
+    if not names:
+        raise ValueError(f"{owner} holds no context; pass at least one, such as {{'global': z}}.")
+    sizes: dict[str, int] = {}
+    for name in names:
+        if name not in contexts:
+            raise ValueError(f"{owner} has no context {name!r}; it has {sorted(contexts)}.")
+        x = contexts[name]
+        if not x.is_floating_point():
+            raise TypeError(f"{owner}[{name!r}] is {x.dtype}; embeddings are floating point.")
+        if x.ndim != 2:
+            raise ValueError(f"{owner}[{name!r}] has shape {tuple(x.shape)}; embeddings are (N, D).")
+        if not x.shape[0]:
+            raise ValueError(f"{owner}[{name!r}] is empty: shape {tuple(x.shape)}. Drop batches without images.")
+        sizes[name] = x.shape[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{owner} has contexts of different batch sizes, {sizes}; all must see the same images.")
+    for name in names:
+        check_finite(contexts[name], f"{owner}[{name!r}]")
+    return next(iter(sizes.values()))
+
+
+def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[str]) -> None:
+    """Check that every named context has a bank of its own width.
+
+    Raises:
+        ValueError: a bank is missing, or its rows are of another width than the embeddings.
+    """
+    for name in names:
+        if name not in memory:
+            raise ValueError(f"memory has no bank for context {name!r}; it has {sorted(memory)}.")
+        width, rows = contexts[name].shape[1], tuple(memory[name].shape)
+        if len(rows) != 2 or rows[1] != width:
+            raise ValueError(
+                f"{owner}[{name!r}] has {width} dimensions and memory[{name!r}] is {rows}; a bank is (size, {width})."
+            )
+
+
+def check_same_contexts(z: Contexts, t: Contexts) -> None:
+    """Raise ValueError unless student and teacher have the same contexts."""
+    if set(z) != set(t):
+        raise ValueError(
+            f"the student has the contexts {sorted(z)} and the teacher {sorted(t)}; they must be the same."
+        )
+
+
+def check_batch(z: Contexts, t: Contexts, memory: Banks, learners: Sequence[str], guides: Sequence[str]) -> None:
+    """Check what a loss takes: the student's learners and the teacher's guides, of one batch, with their banks.
+
+    Raises:
+        TypeError, ValueError: as `check_contexts` and `check_banks`; also student and teacher of different batch sizes,
+            and guides and learners with banks of different length.
+    """
+    students, teachers = check_contexts(z, "student", learners), check_contexts(t, "teacher", guides)
+    if students != teachers:
+        raise ValueError(
+            f"the student has {students} images and the teacher {teachers}; they are two views of one batch."
+        )
+    check_banks(z, memory, "student", learners)
+    check_banks(t, memory, "teacher", guides)
+    sizes = {name: len(memory[name]) for name in {*learners, *guides}}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the banks have different lengths, {sizes}; row j of each must belong to the same image.")
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise ValueError for NaN or infinity in `x`; on an accelerator, assert it there without waiting."""
+    remedy = "Lower the learning rate, check the inputs, or use bfloat16 in place of float16."
+    finite = torch.isfinite(x)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(finite.all(), f"{name} holds values that are not finite. {remedy}")
+    elif not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds {int((~finite).sum())} values that are not finite, "
+            f"the first {x[row, column].item()} in row {row}. {remedy}"
+        )
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> float:
+    """Return `temperature`; raise ValueError unless it is above zero and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{name} is {temperature}; a temperature is above zero, such as 0.1.")
+    return float(temperature)

@@ -1,0 +1,3 @@
+"""Evaluation of frozen features."""
+
+from cgh.evaluate.knn import knn as knn

@@ -1,0 +1,115 @@
+"""k-nearest-neighbour classification of frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgh.contexts import check_finite, check_temperature
+
+# Rows that meet in one block of similarities, so that memory does not grow with the sets: 64 MiB in float32.
+TEST_ROWS, TRAIN_ROWS = 512, 32_768
+
+
+@torch.no_grad()
+def knn(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int | Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+) -> dict[int, tuple[float, float]]:
+    """Classify test features by the weighted votes of their nearest training features (Wu et al., 2018).
+
+    A neighbour of cosine similarity `s` votes for its class with `exp(s / temperature)`. Computed in blocks on the
+    device of `test_features`; the training features may lie elsewhere, such as in the memory of the host.
+
+    Args:
+        train_features: `(M, W)`, of any length: they are scaled to one.
+        train_labels: `(M,)`, classes from 0.
+        test_features: `(N, W)`.
+        test_labels: `(N,)`.
+        k: how many neighbours vote; several values cost no more than the largest.
+        temperature: of the votes.
+
+    Returns:
+        `{k: (top1, top5)}`, in percent of the test set. A class without a vote is never among the top five.
+
+    Raises:
+        ValueError: `k` below one or larger than the training set, shapes that do not fit together, an empty set, labels
+            below zero, features that are not finite, or a temperature of zero or below.
+        TypeError: features that are not floating point, or labels that are not integers.
+
+    Example:
+        >>> import torch, cgh
+        >>> features, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+        >>> cgh.evaluate.knn(features, labels, features, labels, k=[1, 4])
+        {1: (100.0, 100.0), 4: (100.0, 100.0)}
+    """
+    ks = sorted({k} if isinstance(k, int) else set(k))
+    check_temperature(temperature)
+    _check("train", train_features, train_labels)
+    _check("test", test_features, test_labels)
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"train features have width {train_features.shape[1]}, test features {test_features.shape[1]}."
+        )
+    if not ks or ks[0] < 1 or ks[-1] > len(train_features):
+        raise ValueError(f"k is {ks}; it lies between 1 and the {len(train_features)} training features.")
+
+    device = test_features.device
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    hits = torch.zeros(len(ks), 2, dtype=torch.long, device=device)
+    for queries, truth in zip(test_features.split(TEST_ROWS), test_labels.split(TEST_ROWS), strict=True):
+        similarity, neighbour = _nearest(_unit_length(queries, "test"), train_features, ks[-1])
+        # The nearest neighbour's vote counts one: a common factor changes no rank, and nothing overflows.
+        votes = torch.exp((similarity - similarity[:, :1]) / temperature)
+        labels = train_labels[neighbour]
+        scores = votes.new_zeros(len(queries), classes)
+        for row, (start, end) in enumerate(pairwise([0, *ks])):
+            scores.scatter_add_(1, labels[:, start:end], votes[:, start:end])
+            score, predicted = scores.topk(min(5, classes), dim=1)
+            correct = (predicted == truth[:, None]) & (score > 0)
+            hits[row] += torch.stack([correct[:, 0].sum(), correct.sum()])
+    return {
+        k: (100 * top1 / len(test_labels), 100 * top5 / len(test_labels))
+        for k, (top1, top5) in zip(ks, hits.tolist(), strict=True)
+    }
+
+
+def _nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarities and indices `(N, k)` of the nearest training features, the nearest first."""
+    best = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start, block in zip(range(0, len(train_features), TRAIN_ROWS), train_features.split(TRAIN_ROWS), strict=True):
+        similarity = queries @ _unit_length(block.to(queries.device), "train").T
+        block_best, block_index = similarity.topk(min(k, len(block)), dim=1)
+        best, order = torch.cat([best, block_best], dim=1).topk(min(k, start + len(block)), dim=1)
+        index = torch.cat([index, block_index + start], dim=1).gather(1, order)
+    return best, index
+
+
+def _unit_length(features: Tensor, name: str) -> Tensor:
+    check_finite(features, f"{name}_features")
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def _check(name: str, features: Tensor, labels: Tensor) -> None:
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        raise ValueError(
+            f"{name}_features have shape {tuple(features.shape)} and {name}_labels {tuple(labels.shape)}; "
+            "they must be (N, W) and (N,), and not empty."
+        )
+    if not features.is_floating_point() or labels.is_floating_point():
+        raise TypeError(
+            f"{name}_features are {features.dtype} and {name}_labels {labels.dtype}; features are floating "
+            "point, labels integers."
+        )
+    if labels.min() < 0:
+        raise ValueError(f"{name}_labels hold {int(labels.min())}; classes count from 0.")

@@ -1,0 +1,190 @@
+"""The losses: relations learned across contexts, and the InfoNCE that warms them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from cgh.centring import Centring
+from cgh.contexts import (
+    Banks,
+    Contexts,
+    check_banks,
+    check_batch,
+    check_contexts,
+    check_same_contexts,
+    check_temperature,
+)
+from cgh.relation import cross_entropy, similarity
+
+STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
+TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
+
+
+class CrossContextLoss(nn.Module):
+    """Each context of the student learns the relations that another context of the teacher sees (eq. 5 of the paper).
+
+    An image's relation to the memory in context `c` is `softmax(z_c . M_c / temperature)`. A pair (learner, guide) has
+    the term `CE(student relations in learner | teacher relations in guide)`, with `CE(p | t) = -sum_j t_j log p_j`, the
+    mean over the batch; the loss is the mean over the pairs. Neither the teacher nor the memory gets a gradient.
+
+    Args:
+        student_temperature: one for all contexts, or one for each by name.
+        teacher_temperature: likewise; the lower, the sharper the target.
+        pairs: (learner, guide) names; by default every ordered pair of different contexts. `[("global", "global")]` is
+            the single-context method, ReSSL.
+        centring: taken off the teacher's similarities, if given.
+
+    Shape:
+        student `z` and teacher `t`: `{name: (N, D)}`; `memory`: `{name: (K, D)}` -> a scalar.
+
+    Raises:
+        TypeError: contexts that are no mapping, or embeddings that are not floating point.
+        ValueError: a temperature of zero or below or missing for a context; student, teacher and memory with other
+            names, widths or batch sizes than one another; an empty batch; values that are not finite.
+
+    Example:
+        >>> import torch, cgh
+        >>> memory = cgh.MemoryBank({"global": 16, "hypercolumn": 16}, size=100)
+        >>> z = {name: torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for name in memory}
+        >>> criterion = cgh.CrossContextLoss()
+        >>> criterion(z, z, memory).shape, list(criterion.terms(z, z, memory))
+        (torch.Size([]), [('global', 'hypercolumn'), ('hypercolumn', 'global')])
+    """
+
+    def __init__(
+        self,
+        student_temperature: float | Mapping[str, float] = STUDENT_TEMPERATURE,
+        teacher_temperature: float | Mapping[str, float] = TEACHER_TEMPERATURE,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        centring: Centring | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_temperature = _check_temperatures(student_temperature, "student_temperature")
+        self.teacher_temperature = _check_temperatures(teacher_temperature, "teacher_temperature")
+        if pairs is not None and (not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs)):
+            raise ValueError(f"pairs is {pairs!r}; give (learner, guide) names, such as [('global', 'hypercolumn')].")
+        self.pairs = None if pairs is None else [(learner, guide) for learner, guide in pairs]
+        self.centring = centring
+
+    @override
+    def forward(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> Tensor:
+        """Return the mean of `terms`."""
+        terms = self.terms(z, t, memory, *local_views)
+        return torch.stack(list(terms.values())).mean()
+
+    def terms(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> dict[tuple[str, str], Tensor]:
+        """Return every pair's term, a scalar by (learner, guide).
+
+        Args:
+            z: the student's embeddings of the strong view.
+            t: the teacher's embeddings of the weak view.
+            memory: a `MemoryBank`, or a dictionary of banks.
+            *local_views: the student's embeddings of multi-crop's extra views. Each learns from the same target, in
+                the contexts that it has; a learner's term is the mean over its views.
+        """
+        pairs = self._check(z, t, memory, local_views)
+        terms = {}
+        for learner, guide in pairs:
+            target = self._teacher_relations(t, memory, guide)
+            views = [view[learner] for view in (z, *local_views) if learner in view]
+            temperature = _temperature(self.student_temperature, learner)
+            terms[learner, guide] = torch.stack(
+                [cross_entropy(similarity(view, memory[learner]) / temperature, target) for view in views]
+            ).mean()
+        return terms
+
+    def _teacher_relations(self, t: Contexts, memory: Banks, guide: str) -> Tensor:
+        similarities = similarity(t[guide].detach(), memory[guide])
+        if self.centring is not None:
+            similarities = similarities - self.centring[guide]
+        return torch.softmax(similarities / _temperature(self.teacher_temperature, guide), dim=1)
+
+    def _check(
+        self, z: Contexts, t: Contexts, memory: Banks, local_views: Sequence[Contexts]
+    ) -> Sequence[tuple[str, str]]:
+        """Check all inputs and return the pairs to compute."""
+        pairs = self.pairs
+        if pairs is None:
+            check_contexts(z, "student")
+            check_same_contexts(z, t)
+            pairs = list(permutations(z, 2))
+            if not pairs:
+                raise ValueError(
+                    f"the one context {list(z)} has no other to learn from; pass pairs=[('global', 'global')]."
+                )
+        learners, guides = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+        check_batch(z, t, memory, learners, guides)
+        for number, view in enumerate(local_views):
+            names = [name for name in learners if name in view]
+            owner = f"local view {number}"
+            if check_contexts(view, owner, names) != len(z[learners[0]]):
+                raise ValueError(f"{owner} has {len(view[names[0]])} images, the student {len(z[learners[0]])}.")
+            check_banks(view, memory, owner, names)
+        return pairs
+
+
+class InfoNCELoss(nn.Module):
+    """MoCo's contrastive loss in every context: one positive, the teacher's embedding, and the memory as negatives.
+
+    `-log(exp(z . t / temperature) / (exp(z . t / temperature) + sum_j exp(z . M_j / temperature)))`, the mean over the
+    batch, summed over the contexts. CGH warms up with it (section 3.3 of the paper).
+
+    Args:
+        temperature: above zero.
+
+    Shape:
+        student `z` and teacher `t`: `{name: (N, D)}`; `memory`: `{name: (K, D)}` -> a scalar.
+
+    Raises:
+        TypeError, ValueError: as `CrossContextLoss`.
+
+    Example:
+        >>> import torch, cgh
+        >>> memory = cgh.MemoryBank({"global": 16, "hypercolumn": 16}, size=100)
+        >>> z = {name: torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for name in memory}
+        >>> cgh.InfoNCELoss()(z, z, memory).shape
+        torch.Size([])
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        super().__init__()
+        self.temperature = check_temperature(temperature)
+
+    @override
+    def forward(self, z: Contexts, t: Contexts, memory: Banks) -> Tensor:
+        check_contexts(z, "student")
+        check_same_contexts(z, t)
+        check_batch(z, t, memory, list(z), list(z))
+        losses = []
+        for name in z:
+            positive = torch.sum(z[name] * t[name].detach(), dim=1, keepdim=True)
+            logits = torch.cat([positive, similarity(z[name], memory[name])], dim=1) / self.temperature
+            losses.append(F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)))
+        return torch.stack(losses).sum()
+
+    @override
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+def _check_temperatures(temperature: float | Mapping[str, float], name: str) -> float | dict[str, float]:
+    if isinstance(temperature, Mapping):
+        return {context: check_temperature(value, f"{name}[{context!r}]") for context, value in temperature.items()}
+    return check_temperature(temperature, name)
+
+
+def _temperature(temperature: float | Mapping[str, float], name: str) -> float:
+    """The temperature of one context."""
+    if not isinstance(temperature, Mapping):
+        return temperature
+    if name not in temperature:
+        raise ValueError(
+            f"no temperature for context {name!r}, only for {sorted(temperature)}; give one float, or add it."
+        )
+    return temperature[name]

@@ -1,0 +1,85 @@
+"""Schedules: the learning rate and the weights of the loss terms, both at every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up from 0 to `base`, then a cosine to 0.
+
+    With `base=1` it is a factor for `torch.optim.lr_scheduler.LambdaLR`.
+
+    Args:
+        base: the highest learning rate; the paper's is 0.05 x batch / 256.
+        steps: optimiser steps in all.
+        warmup_steps: steps of warm-up, the paper's 5 epochs' worth.
+
+    Raises:
+        ValueError: not `0 <= warmup_steps <= steps`; on a call, a step outside `0 <= step <= steps`.
+
+    Example:
+        >>> import cgh
+        >>> schedule = cgh.LearningRate(base=0.05, steps=1000, warmup_steps=100)
+        >>> schedule(0), schedule(50), schedule(100), schedule(1000)
+        (0.0, 0.025, 0.05, 0.0)
+    """
+
+    base: float
+    steps: int
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps} of {self.steps} steps; it lies between 0 and steps.")
+
+    def __call__(self, step: int) -> float:
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step is {step} of {self.steps}; it lies between 0 and steps.")
+        if step < self.warmup_steps:
+            return self.base * step / self.warmup_steps
+        if step == self.steps:
+            return 0.0
+        return self.base * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps)))
+
+
+class Weights(NamedTuple):
+    """What each loss counts in the total."""
+
+    infonce: float
+    """The weight of InfoNCE, `1 - a`."""
+    relation: float
+    """The weight of each of the two relation terms, `a / 2`."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The warm-up that fades InfoNCE out and the relation terms in: `a` runs linearly from 0 to 1.
+
+    Args:
+        warmup_steps: steps until InfoNCE is gone, the paper's 5 epochs' worth; 0 is relations from the first step.
+
+    Raises:
+        ValueError: `warmup_steps` or a step below zero.
+
+    Example:
+        >>> import cgh
+        >>> weights = cgh.LossWeights(warmup_steps=100)
+        >>> weights(0), weights(50), weights(100)
+        (Weights(infonce=1.0, relation=0.0), Weights(infonce=0.5, relation=0.25), Weights(infonce=0.0, relation=0.5))
+    """
+
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it is 0 or more.")
+
+    def __call__(self, step: int) -> Weights:
+        if step < 0:
+            raise ValueError(f"step is {step}; it is 0 or more.")
+        a = step / self.warmup_steps if step < self.warmup_steps else 1.0
+        return Weights(infonce=1.0 - a, relation=a / 2)
