@@ -69,6 +69,16 @@ class MemoryBank(LocalTensors):
 
         Call it after the loss and its backward pass: the loss reads the banks as they were before this batch.
         """
+        count = self.check(contexts)
+        batch = distributed.gather(torch.cat([contexts[name].to(self[name]) for name in self], dim=1))
+        head = min(count, self.size - self.pointer)
+        for name, rows in zip(self, batch.split(list(self.dims.values()), dim=1), strict=True):
+            self[name][self.pointer : self.pointer + head] = rows[:head]
+            self[name][: count - head] = rows[head:]
+        self.pointer = (self.pointer + count) % self.size
+
+    def check(self, contexts: Contexts) -> int:
+        """Raise what `enqueue` would; return how many rows it would write, over all ranks."""
         count = check_contexts(contexts, "contexts")
         if set(contexts) != set(self.dims):
             raise ValueError(f"contexts are {sorted(contexts)}; the memory keeps {sorted(self.dims)}, all in step.")
@@ -80,12 +90,7 @@ class MemoryBank(LocalTensors):
                 f"a batch of {count} over {world_size} rank(s) does not fit a bank of {self.size} rows; make size at "
                 f"least {count}."
             )
-        batch = distributed.gather(torch.cat([contexts[name].to(self[name]) for name in self], dim=1))
-        head = min(count, self.size - self.pointer)
-        for name, rows in zip(self, batch.split(list(self.dims.values()), dim=1), strict=True):
-            self[name][self.pointer : self.pointer + head] = rows[:head]
-            self[name][: count - head] = rows[head:]
-        self.pointer = (self.pointer + count) % self.size
+        return count
 
     @override
     def get_extra_state(self) -> Tensor:

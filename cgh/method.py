@@ -55,6 +55,7 @@ class CGH(nn.Module):
         pairs: (learner, guide) names; by default each context learns from the other.
         centring_momentum: of the teacher's `Centring`; `None`, the paper's choice, is without.
         memory_dtype: of the banks' rows.
+        shuffle: shuffle the teacher's batch; see `BatchShuffle`.
         image_shape: as in `ContextEncoder`.
         seed: of the memory's random start and of the teacher's batch shuffling.
 
@@ -92,13 +93,14 @@ class CGH(nn.Module):
         pairs: Sequence[tuple[str, str]] | None = None,
         centring_momentum: float | None = None,
         memory_dtype: torch.dtype = torch.float32,
+        shuffle: bool = True,
         image_shape: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.student = ContextEncoder(HypercolumnExtractor(backbone, layers), dim, hidden_dim, image_shape)
         self.teacher = EMATeacher(self.student, momentum)
-        self.shuffle = BatchShuffle(seed)
+        self.shuffle = BatchShuffle(seed) if shuffle else None
         self.memory = MemoryBank(self.student.dims, memory_size, memory_dtype, seed)
         centring = None if centring_momentum is None else Centring(self.memory, memory_size, centring_momentum)
         self.relation_loss = CrossContextLoss(student_temperature, teacher_temperature, pairs, centring)
@@ -119,7 +121,7 @@ class CGH(nn.Module):
             raise ValueError(f"strong has {len(strong)} images and weak {len(weak)}; they are two views of one batch.")
         student = self.student(strong)
         extra = [self.student(view, contexts=["global"]) for view in local_views]
-        teacher = self.shuffle(self.teacher, weak)
+        teacher = self.teacher(weak) if self.shuffle is None else self.shuffle(self.teacher, weak)
 
         weights = self.weights(self.steps)
         terms = self.relation_loss.terms(student, teacher, self.memory, *extra)
@@ -131,6 +133,7 @@ class CGH(nn.Module):
 
     def update(self, output: CGHOutput) -> None:
         """Finish a step, after the optimiser's: move the teacher, the centres if any, and fill the memory."""
+        self.memory.check(output.teacher)
         self.teacher.update(self.student)
         if self.relation_loss.centring is not None:
             self.relation_loss.centring.update(output.teacher, self.memory)

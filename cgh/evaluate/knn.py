@@ -38,7 +38,8 @@ def knn(
         temperature: of the votes.
 
     Returns:
-        `{k: (top1, top5)}`, in percent of the test set. A class without a vote is never among the top five.
+        `{k: (top1, top5)}`, in percent of the test set. Below `k = 5` the second counts the top `k` classes. Equal
+        votes go to the lower class, as in the reference implementation, also where fewer than five classes have any.
 
     Raises:
         ValueError: `k` below one or larger than the training set, shapes that do not fit together, an empty set, labels
@@ -74,8 +75,8 @@ def knn(
         scores = votes.new_zeros(len(queries), classes)
         for row, (start, end) in enumerate(pairwise([0, *ks])):
             scores.scatter_add_(1, labels[:, start:end], votes[:, start:end])
-            score, predicted = scores.topk(min(5, classes), dim=1)
-            correct = (predicted == truth[:, None]) & (score > 0)
+            predicted = scores.argsort(dim=1, descending=True, stable=True)[:, : min(5, end)]
+            correct = predicted == truth[:, None]
             hits[row] += torch.stack([correct[:, 0].sum(), correct.sum()])
     return {
         k: (100 * top1 / len(test_labels), 100 * top5 / len(test_labels))

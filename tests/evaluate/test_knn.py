@@ -1,0 +1,92 @@
+"""k nearest neighbours: the reference's accuracies, and the naive computation's on any shapes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cgh
+from tests import golden
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", golden.load("knn"), ids=lambda case: case["name"])
+def test_golden(case: dict[str, Any], dtype: torch.dtype) -> None:
+    name, classes = case["name"], case["classes"]
+    centres = golden.array(f"{name}/centres", (classes, case["dim"]))
+    data = []
+    for split in ("train", "test"):
+        labels = golden.labels(f"{name}/{split}/labels", case[split], classes)
+        noise = golden.array(f"{name}/{split}/noise", (case[split], case["dim"]))
+        data += [(centres[labels] + case["noise"] * noise).to(dtype), labels]
+    expected = {int(k): tuple(value) for k, value in case["top1_top5"].items()}
+    assert cgh.evaluate.knn(*data, k=list(expected), temperature=case["temperature"]) == expected
+
+
+def by_hand(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, k: int, temperature: float) -> float:
+    """Top-1 accuracy in percent, one test feature at a time."""
+    hits = 0
+    for feature, label in zip(test, truth.tolist(), strict=True):
+        similarity = F.cosine_similarity(feature[None], train)
+        votes = [0.0] * (int(max(labels.max(), truth.max())) + 1)
+        for index in similarity.argsort(descending=True)[:k].tolist():
+            votes[int(labels[index])] += float(torch.exp(similarity[index] / temperature))
+        hits += votes.index(max(votes)) == label
+    return 100 * hits / len(test)
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(0, 1000), st.floats(0.05, 1))
+@settings(max_examples=30, deadline=None)
+def test_equals_the_votes_by_hand(rows: int, queries: int, classes: int, seed: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (rows, queries))
+    labels, truth = (torch.randint(classes, (n,), generator=generator) for n in (rows, queries))
+    ks = sorted({1, min(3, rows), rows})
+    with pytest.MonkeyPatch.context() as patch:  # several blocks, also at these sizes
+        module = importlib.import_module("cgh.evaluate.knn")
+        patch.setattr(module, "TEST_ROWS", 7)
+        patch.setattr(module, "TRAIN_ROWS", 11)
+        result = cgh.evaluate.knn(train, labels, test, truth, k=ks, temperature=temperature)
+    assert list(result) == ks
+    for k in ks:
+        assert result[k][0] == pytest.approx(by_hand(train, labels, test, truth, k, temperature))
+        assert result[k][1] >= result[k][0]
+
+
+def test_scale_and_half_precision_do_not_matter() -> None:
+    train, test = torch.randn(200, 8), torch.randn(50, 8)
+    labels, truth = torch.randint(5, (200,)), torch.randint(5, (50,))
+    expected = cgh.evaluate.knn(train, labels, test, truth, k=[5])
+    assert cgh.evaluate.knn(3 * train, labels, 0.1 * test, truth, k=5) == expected
+    half = (train.bfloat16(), labels, test.bfloat16(), truth)
+    rounded = (train.bfloat16().float(), labels, test.bfloat16().float(), truth)
+    assert cgh.evaluate.knn(*half, k=5) == cgh.evaluate.knn(*rounded, k=5)
+
+
+def test_bad_input() -> None:
+    features, labels = torch.randn(10, 4), torch.randint(3, (10,))
+    good = (features, labels, features, labels)
+    for k in (11, 0, []):
+        with pytest.raises(ValueError, match="it lies between 1 and the 10 training features"):
+            cgh.evaluate.knn(*good, k=k)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        cgh.evaluate.knn(*good, k=1, temperature=0)
+    with pytest.raises(ValueError, match=r"train_features have shape \(10, 4\) and train_labels \(9,\)"):
+        cgh.evaluate.knn(features, labels[:9], features, labels, k=1)
+    with pytest.raises(ValueError, match="train features have width 4, test features 3"):
+        cgh.evaluate.knn(features, labels, features[:, :3], labels, k=1)
+    with pytest.raises(TypeError, match="test_labels torch.float32"):
+        cgh.evaluate.knn(features, labels, features, labels.float(), k=1)
+    with pytest.raises(ValueError, match="train_labels hold -1; classes count from 0"):
+        cgh.evaluate.knn(features, torch.full((10,), -1), features, labels, k=1)
+    with pytest.raises(ValueError, match=r"test_features holds 1 values .* nan in row 2"):
+        broken = features.clone()
+        broken[2, 1] = float("nan")
+        cgh.evaluate.knn(features, labels, broken, labels, k=1)

@@ -1,0 +1,62 @@
+"""A checkpoint is written whole or not at all, and read as data."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from cgh import checkpoint
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    state = {"weight": torch.randn(3), "epoch": 2, "nested": {"lr": [0.1, None]}}
+    checkpoint.save(state, tmp_path / "new" / "run.pt")
+    loaded = checkpoint.load(tmp_path / "new" / "run.pt")
+    torch.testing.assert_close(loaded, state, rtol=0, atol=0)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.pt"
+    checkpoint.save({"epoch": 1}, path)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"epoch": 2}, path)
+    assert checkpoint.load(path) == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch pwned",)
+
+
+def test_what_is_not_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run.pt"
+    for content in (pickle.dumps({"state": Payload()}), b"", b"\x80\x02 not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="run.pt is not a checkpoint of plain data, or is cut short"):
+            checkpoint.load(path)
+    torch.save({"state": Payload()}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of plain data"):
+        checkpoint.load(path)
+    assert not (tmp_path / "pwned").exists()
+
+    checkpoint.save({"weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cut short"):
+        checkpoint.load(path)
+    torch.save(torch.zeros(2), path)
+    with pytest.raises(ValueError, match="holds a Tensor; a checkpoint is a dictionary"):
+        checkpoint.load(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "missing.pt")

@@ -1,0 +1,45 @@
+"""The schedules are the reference's, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cgh
+from tests import golden
+
+
+@pytest.mark.parametrize("row", golden.load("schedule"), ids=str)
+def test_golden(row: dict[str, Any]) -> None:
+    per_epoch = row["steps_per_epoch"]
+    step, warmup = row["epoch"] * per_epoch + row["step"], row["warmup_epochs"] * per_epoch
+    assert cgh.LearningRate(row["base_lr"], row["epochs"] * per_epoch, warmup)(step) == row["lr"]
+    assert cgh.LossWeights(warmup)(step) == (row["infonce_weight"], row["relation_weight"])
+
+
+def test_ends_at_zero_also_where_all_is_warmup() -> None:
+    assert cgh.LearningRate(0.1, steps=10)(10) == 0.0
+    assert cgh.LearningRate(0.1, steps=10, warmup_steps=10)(10) == 0.0
+
+
+def test_drives_a_torch_scheduler() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
+    schedule = cgh.LearningRate(base=1.0, steps=20, warmup_steps=4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for step in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * schedule(step))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="warmup_steps is 11 of 10 steps"):
+        cgh.LearningRate(0.1, steps=10, warmup_steps=11)
+    with pytest.raises(ValueError, match="step is 11 of 10"):
+        cgh.LearningRate(0.1, steps=10)(11)
+    with pytest.raises(ValueError, match="warmup_steps is -1"):
+        cgh.LossWeights(-1)
+    with pytest.raises(ValueError, match="step is -1"):
+        cgh.LossWeights(3)(-1)
