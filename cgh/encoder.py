@@ -14,7 +14,7 @@ from cgh.hypercolumn import HypercolumnExtractor
 
 
 class ContextEncoder(nn.Module):
-    """Images to unit-length embeddings in two contexts, "global" and "hypercolumn" (section 3.1 of the paper).
+    """Images to unit-length embeddings in two contexts, "global" and "hypercolumn" (Gao et al., 2024).
 
     Args:
         extractor: the backbone and its chosen layers.

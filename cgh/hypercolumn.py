@@ -32,7 +32,7 @@ class HypercolumnExtractor(nn.Module):
     """The pooled feature and the hypercolumn of every image, from one pass through any backbone.
 
     Each chosen layer's map is resized bilinearly to the height and width of the last one, and all are concatenated
-    along channels (section 3.1 of the paper; the idea is Hariharan et al., 2015).
+    along channels (the hypercolumn of Hariharan et al., 2015).
 
     The backbone is used in place, not copied. If it is one of torchvision's or timm's, its classifier is taken off
     first (see `remove_classifier`). Any other module is left as it is: its output has to be the pooled feature

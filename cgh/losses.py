@@ -27,7 +27,7 @@ TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
 
 
 class CrossContextLoss(nn.Module):
-    """Each context of the student learns the relations that another context of the teacher sees (eq. 5 of the paper).
+    """Each context of the student learns the relations that another context of the teacher sees.
 
     An image's relation to the memory in context `c` is `softmax(z_c . M_c / temperature)`. A pair (learner, guide) has
     the term `CE(student relations in learner | teacher relations in guide)`, with `CE(p | t) = -sum_j t_j log p_j`, the
@@ -130,10 +130,10 @@ class CrossContextLoss(nn.Module):
 
 
 class InfoNCELoss(nn.Module):
-    """MoCo's contrastive loss in every context: one positive, the teacher's embedding, and the memory as negatives.
+    """MoCo's loss (He et al., 2020) in every context: one positive, the teacher's embedding, and the memory as negatives.
 
     `-log(exp(z . t / temperature) / (exp(z . t / temperature) + sum_j exp(z . M_j / temperature)))`, the mean over the
-    batch, summed over the contexts. CGH warms up with it (section 3.3 of the paper).
+    batch, summed over the contexts. CGH warms up with it.
 
     Args:
         temperature: above zero.

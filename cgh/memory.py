@@ -17,7 +17,7 @@ from cgh.state import LocalTensors
 class MemoryBank(LocalTensors):
     """First-in-first-out banks of unit vectors, written together: row `j` of every bank belongs to the same image.
 
-    That alignment is what lets one context learn the relations that another sees (section 3.2 of the paper). Each bank
+    That alignment is what lets one context learn the relations that another sees (Gao et al., 2024). Each bank
     is `(size, dim)` and starts as random unit vectors. The queue wraps at any batch size.
 
     Distributed runs gather the embeddings of all ranks, so every rank holds the same banks; nothing else of a bank
