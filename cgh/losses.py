@@ -130,7 +130,7 @@ class CrossContextLoss(nn.Module):
 
 
 class InfoNCELoss(nn.Module):
-    """MoCo's loss (He et al., 2020) in every context: one positive, the teacher's embedding, and the memory as negatives.
+    """MoCo's loss (He et al., 2020) in every context: the teacher's embedding against the memory.
 
     `-log(exp(z . t / temperature) / (exp(z . t / temperature) + sum_j exp(z . M_j / temperature)))`, the mean over the
     batch, summed over the contexts. CGH warms up with it.
