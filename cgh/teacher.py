@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class EMATeacher(nn.Module):
 
     @override
     @torch.no_grad()
-    def forward(self, images: Tensor, *args: Sequence[str]) -> dict[str, Tensor]:
-        output: dict[str, Tensor] = self.encoder(images, *args)
-        return output
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the student would, by the teacher's parameters and without gradient."""
+        return self.encoder(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
