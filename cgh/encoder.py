@@ -65,10 +65,10 @@ class ContextEncoder(nn.Module):
 
         Multi-crop's extra views need `contexts=["global"]` alone, which costs no hypercolumn.
         """
-        names = tuple(self.heads) if contexts is None else tuple(contexts)
+        names = tuple(self.dims) if contexts is None else tuple(contexts)
         for name in names:
-            if name not in self.heads:
-                raise ValueError(f"the encoder has no context {name!r}; it has {list(self.heads)}.")
+            if name not in self.dims:
+                raise ValueError(f"the encoder has no context {name!r}; it has {list(self.dims)}.")
         if "hypercolumn" in names:
             pooled, hypercolumn = self.extractor(images)
             features = {"global": pooled, "hypercolumn": hypercolumn}
