@@ -38,7 +38,7 @@ def knn(
         temperature: of the votes.
 
     Returns:
-        `{k: (top1, top5)}`, in percent of the test set. A class without a vote is never among the top five.
+        `(top1, top5)` by `k`, in percent of the test set. A class without a vote is never among the top five.
 
     Raises:
         ValueError: `k` below one or larger than the training set, shapes that do not fit together, an empty set, labels
