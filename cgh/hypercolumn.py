@@ -16,9 +16,9 @@ class Features(NamedTuple):
     """What a backbone sees in a batch of images."""
 
     pooled: Tensor
-    """`(N, W)`: the backbone's output before its classifier."""
+    """The backbone's output before its classifier, `(N, W)`."""
     hypercolumn: Tensor
-    """`(N, C, H, W)`: the chosen maps at the size of the last, concatenated along channels."""
+    """The chosen maps at the size of the last, concatenated along channels, `(N, C, H, W)`."""
 
 
 class Widths(NamedTuple):

@@ -23,7 +23,7 @@ class CGHOutput(NamedTuple):
     """What one batch gave."""
 
     loss: Tensor
-    """The total, a scalar: minimise it."""
+    """The total to minimise, a scalar."""
     infonce: Tensor
     """The warm-up's loss, a scalar without gradient where its weight is zero."""
     terms: dict[tuple[str, str], Tensor]
@@ -31,9 +31,9 @@ class CGHOutput(NamedTuple):
     weights: Weights
     """What InfoNCE and each of two relation terms count in the total."""
     student: dict[str, Tensor]
-    """`{name: (N, D)}`, the student's embeddings of the strong view."""
+    """The student's embeddings of the strong view, `(N, D)` by name."""
     teacher: dict[str, Tensor]
-    """`{name: (N, D)}`, the teacher's embeddings of the weak view; `CGH.update` puts them into the memory."""
+    """The teacher's embeddings of the weak view, `(N, D)` by name; `CGH.update` puts them into the memory."""
 
 
 class CGH(nn.Module):

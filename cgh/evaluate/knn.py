@@ -38,7 +38,7 @@ def knn(
         temperature: of the votes.
 
     Returns:
-        `{k: (top1, top5)}`, in percent of the test set. Below `k = 5` the second counts the top `k` classes. Equal
+        `(top1, top5)` by `k`, in percent of the test set. Below `k = 5` the second counts the top `k` classes. Equal
         votes go to the lower class, as in the reference implementation, also where fewer than five classes have any.
 
     Raises:

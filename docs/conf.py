@@ -1,0 +1,53 @@
+"""Configuration of the site: `nox -s docs`."""
+
+import cgh
+
+project = "CGH"
+author = "The CGH authors"
+copyright = "The CGH authors, Apache License 2.0"
+version = release = cgh.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+# A guide may be listed before it is written.
+suppress_warnings = ["toc.not_readable"]
+
+# Signatures show names and defaults; types stand beside each parameter's description.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Contexts": "cgh.Contexts", "Banks": "cgh.MemoryBank | dict[str, Tensor]"}
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+# Names in single backticks link where they are documented and are code elsewhere.
+default_role = "py:obj"
+maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Shape"]
+
+# Python's and PyTorch's own inventories would have to be downloaded, so their names are shown without a link.
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),
+    ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
+    ("py:class", r"Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional"),
+    ("py:exc", r"(Type|Value|Key|Runtime|FileNotFound)Error(, (Type|Value)Error)*"),
+]
+
+html_theme = "furo"
+html_title = f"CGH {version}"
+html_static_path = ["_static"]
+html_css_files = ["cgh.css"]
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "default"
+pygments_dark_style = "github-dark"
+html_theme_options = {
+    "sidebar_hide_name": False,
+    "light_css_variables": {"color-brand-primary": "#2f6db3", "color-brand-content": "#2f6db3"},
+    "dark_css_variables": {"color-brand-primary": "#7fb2e5", "color-brand-content": "#7fb2e5"},
+}
