@@ -12,6 +12,7 @@ from cgh.contexts import Contexts
 from cgh.encoder import ContextEncoder
 from cgh.heads import HypercolumnHead, ProjectionHead
 from cgh.hypercolumn import Features, HypercolumnExtractor
+from cgh.layers import list_layers
 from cgh.losses import CrossContextLoss, InfoNCELoss
 from cgh.memory import MemoryBank
 from cgh.method import CGH, CGHOutput
@@ -43,4 +44,5 @@ __all__ = [
     "SplitBatchNorm2d",
     "checkpoint",
     "evaluate",
+    "list_layers",
 ]

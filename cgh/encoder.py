@@ -14,7 +14,9 @@ from cgh.hypercolumn import HypercolumnExtractor
 
 
 class ContextEncoder(nn.Module):
-    """Images to unit-length embeddings in two contexts, "global" and "hypercolumn" (Gao et al., 2024).
+    """Images to unit-length embeddings in their contexts, "global" and "hypercolumn" (Gao et al., 2024).
+
+    An extractor of several hypercolumns gives a context for each, by its name, beside "global".
 
     Args:
         extractor: the backbone and its chosen layers.
@@ -46,18 +48,15 @@ class ContextEncoder(nn.Module):
         image_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        names = ("global", "hypercolumn")
+        names = ("global", *extractor.hypercolumns)
         self.dims = dict(dim) if isinstance(dim, Mapping) else dict.fromkeys(names, dim)
         if set(self.dims) != set(names):
             raise ValueError(f"dim names the contexts {sorted(self.dims)}; the encoder has {list(names)}.")
-        pooled, hypercolumn = extractor.widths(image_shape)
+        pooled, hypercolumns = extractor.widths(image_shape)
         self.extractor = extractor
-        self.heads = nn.ModuleDict(
-            {
-                "global": ProjectionHead(pooled, self.dims["global"], hidden_dim),
-                "hypercolumn": HypercolumnHead(hypercolumn, self.dims["hypercolumn"], hidden_dim, width=pooled),
-            }
-        )
+        self.heads = nn.ModuleDict({"global": ProjectionHead(pooled, self.dims["global"], hidden_dim)})
+        for name, channels in hypercolumns.items():
+            self.heads[name] = HypercolumnHead(channels, self.dims[name], hidden_dim, width=pooled)
 
     @override
     def forward(self, images: Tensor, contexts: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -69,11 +68,11 @@ class ContextEncoder(nn.Module):
         for name in names:
             if name not in self.dims:
                 raise ValueError(f"the encoder has no context {name!r}; it has {list(self.dims)}.")
-        if "hypercolumn" in names:
-            pooled, hypercolumn = self.extractor(images)
-            features = {"global": pooled, "hypercolumn": hypercolumn}
-        else:
+        if names == ("global",):
             features = {"global": self.extractor.pooled(images)}
+        else:
+            pooled, hypercolumns = self.extractor(images)
+            features = {"global": pooled, **hypercolumns}
         return {name: _unit_length(self.heads[name](features[name])) for name in names}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,21 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cgh.layouts import LAYOUTS, declared_prefix_tokens, find_layout, takes_maps, to_map
+
 
 class Features(NamedTuple):
     """What a backbone sees in a batch of images."""
 
     pooled: Tensor
     """The backbone's output before its classifier, `(N, W)`."""
-    hypercolumn: Tensor
-    """The chosen maps at the size of the last, concatenated along channels, `(N, C, H, W)`."""
+    hypercolumns: dict[str, Tensor]
+    """The chosen maps at the size of the last, concatenated along channels, `(N, C, H, W)` by name."""
+
+    @property
+    def hypercolumn(self) -> Tensor:
+        """The one hypercolumn `(N, C, H, W)`.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.hypercolumns) > 1:
+            raise ValueError(f"there are several hypercolumns, {list(self.hypercolumns)}; take .hypercolumns[name].")
+        return next(iter(self.hypercolumns.values()))
 
 
 class Widths(NamedTuple):
     """Channels of each of the `Features`."""
 
     pooled: int
-    hypercolumn: int
+    hypercolumns: dict[str, int]
 
 
 class HypercolumnExtractor(nn.Module):
@@ -36,18 +49,32 @@ class HypercolumnExtractor(nn.Module):
 
     The backbone is used in place, not copied. If it is one of torchvision's or timm's, its classifier is taken off
     first (see `remove_classifier`). Any other module is left as it is: its output has to be the pooled feature
-    `(N, W)`, so replace a classifier of its own with `torch.nn.Identity()` before.
+    `(N, W)`, so replace a classifier of its own with `torch.nn.Identity()` before. Of an output with a `pooler_output`,
+    as a Hugging Face model's, that is taken.
+
+    A layer's output, or the first of several that it gives, may be a map `(N, C, H, W)` ("NCHW"), a map with its
+    channels last `(N, H, W, C)` ("NHWC"), or tokens `(N, L, C)` ("NLC") row by row, after prefix tokens that belong to
+    no place and are left out. Which it is follows from its shape and that of the images, where that leaves no doubt;
+    else it is an error that asks for `layouts` or `prefix_tokens`. `cgh.list_layers` shows what every layer gives.
 
     Args:
         backbone: any module that maps images to `(N, W)`.
-        layers: dotted names of submodules whose outputs are maps `(N, C, H, W)`, coarsest last.
+        layers: dotted names of submodules, coarsest last; or several such lists by the names of their hypercolumns,
+            such as `{"shallow": ["layer1", "layer2"], "deep": ["layer3", "layer4"]}`.
+        layouts: "NCHW", "NHWC" or "NLC", one for all layers or for some by name; by default they are recognised.
+        prefix_tokens: class and register tokens before those of the grid; by default timm's count, or that of the
+            parameters of the usual names (`cls_token`, `register_tokens`); where neither is there, tokens are not
+            recognised.
 
     Shape:
-        images `(N, 3, H, W)`, floating point -> `Features(pooled=(N, W), hypercolumn=(N, C, H', W'))`.
+        images `(N, 3, H, W)`, floating point -> `Features(pooled=(N, W), hypercolumns={name: (N, C, H', W')})`. The
+        name of a single list of layers is "hypercolumn".
 
     Raises:
         ValueError: a layer does not exist (close names are listed), is named twice or does not run; an output has
-            another shape than said above; the batch is empty; gradient checkpointing hides a layer's gradient.
+            another shape than said above, or one that could mean two things; tokens form no grid of the images'
+            proportions; a hypercolumn is named "global"; the batch is empty; gradient checkpointing hides a layer's
+            gradient.
         TypeError: `layers` is a string, or images are not floating point.
 
     Example:
@@ -58,25 +85,50 @@ class HypercolumnExtractor(nn.Module):
         (torch.Size([2, 512]), torch.Size([2, 768, 2, 2]))
     """
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layers: Sequence[str] | Mapping[str, Sequence[str]],
+        layouts: str | Mapping[str, str] | None = None,
+        prefix_tokens: int | None = None,
+    ) -> None:
         super().__init__()
-        if isinstance(layers, str):
-            raise TypeError(f"layers is the string {layers!r}; pass a list of names, such as [{layers!r}].")
-        if not layers or len(set(layers)) < len(layers):
-            raise ValueError(f"layers is {list(layers)}; name at least one layer, each once.")
+        named = layers if isinstance(layers, Mapping) else {"hypercolumn": layers}
+        if not named or "global" in named:
+            raise ValueError(
+                f"layers names the hypercolumns {list(named)}; name at least one, and none 'global', which is the "
+                "pooled feature's name."
+            )
+        for names in named.values():
+            if isinstance(names, str):
+                raise TypeError(f"layers is the string {names!r}; pass a list of names, such as [{names!r}].")
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"layers is {list(names)}; name at least one layer, each once.")
         remove_classifier(backbone)
+        self.backbone = backbone
+        self.hypercolumns = {name: tuple(names) for name, names in named.items()}
+        self.layers = tuple(dict.fromkeys(layer for names in self.hypercolumns.values() for layer in names))
         modules = dict(backbone.named_modules())
-        for layer in layers:
+        for layer in self.layers:
             if layer not in modules or not layer:
                 close = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4) or [
                     n for n, _ in backbone.named_children()
                 ]
                 raise ValueError(
                     f"the backbone ({type(backbone).__name__}) has no layer {layer!r}; close names: "
-                    f"{', '.join(close)}. All of them: [name for name, _ in backbone.named_modules()]."
+                    f"{', '.join(close)}. All of them: cgh.list_layers(backbone, image_size)."
                 )
-        self.backbone = backbone
-        self.layers = tuple(layers)
+        self.layouts = dict.fromkeys(self.layers, layouts) if isinstance(layouts, str) else dict(layouts or {})
+        for layer, layout in self.layouts.items():
+            if layer not in self.layers or layout not in LAYOUTS:
+                raise ValueError(
+                    f"layouts says {layout!r} of layer {layer!r}; name one of {', '.join(LAYOUTS)} for one of "
+                    f"{list(self.layers)}."
+                )
+        if prefix_tokens is not None and prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens is {prefix_tokens}; it is 0 or more.")
+        self.prefix_tokens = declared_prefix_tokens(backbone) if prefix_tokens is None else (prefix_tokens,)
+        self._convolutional = {layer: takes_maps(modules[layer]) for layer in self.layers}
         # A slot exists only while forward runs, so nothing stays alive after it, nor when the backbone runs by itself.
         self._slots: dict[str, object] = {}
         for layer in self.layers:
@@ -87,14 +139,13 @@ class HypercolumnExtractor(nn.Module):
         try:
             self._slots.update(dict.fromkeys(self.layers))
             pooled = self.pooled(images)
-            maps = [self._check_map(layer, pooled) for layer in self.layers]
+            maps = {layer: self._map(layer, images, pooled) for layer in self.layers}
         finally:
             self._slots.clear()
-        size = maps[-1].shape[-2:]
-        resized = [
-            x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps
-        ]
-        return Features(pooled, torch.cat(resized, dim=1))
+        hypercolumns = {
+            name: _concatenate([maps[layer] for layer in layers]) for name, layers in self.hypercolumns.items()
+        }
+        return Features(pooled, hypercolumns)
 
     def pooled(self, images: Tensor) -> Tensor:
         """Return the pooled feature `(N, W)` alone, which costs no hypercolumn."""
@@ -104,11 +155,15 @@ class HypercolumnExtractor(nn.Module):
             )
         if not len(images):
             raise ValueError(f"the batch is empty: images have shape {tuple(images.shape)}.")
-        pooled = self.backbone(images)
+        output = self.backbone(images)
+        pooled = getattr(output, "pooler_output", output)
+        if isinstance(pooled, Tensor) and pooled.shape[2:] == (1, 1):
+            pooled = pooled.flatten(1)
         if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(images):
             raise ValueError(
-                f"the backbone ({type(self.backbone).__name__}) gave {_describe(pooled)} for {len(images)} images; "
-                "it must give a pooled feature (N, W): end it with nn.AdaptiveAvgPool2d(1) and nn.Flatten()."
+                f"the backbone ({type(self.backbone).__name__}) gave {_describe(output)} for {len(images)} images; "
+                "it must give a pooled feature (N, W), or have it as pooler_output: end it with "
+                "nn.AdaptiveAvgPool2d(1) and nn.Flatten()."
             )
         return pooled
 
@@ -131,7 +186,7 @@ class HypercolumnExtractor(nn.Module):
         self.eval()
         try:
             features = self(like.new_zeros((1, *image_shape)))
-        except RuntimeError as error:
+        except (AssertionError, RuntimeError) as error:  # timm and torchvision assert the size that they were made for
             raise ValueError(
                 f"the backbone ({type(self.backbone).__name__}) failed on a {tuple(image_shape)} image: {error}. "
                 "Pass image_shape=(channels, height, width) of your images."
@@ -139,25 +194,48 @@ class HypercolumnExtractor(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
-        return Widths(features.pooled.shape[1], features.hypercolumn.shape[1])
+        return Widths(features.pooled.shape[1], {name: x.shape[1] for name, x in features.hypercolumns.items()})
 
-    def _check_map(self, layer: str, pooled: Tensor) -> Tensor:
+    def _map(self, layer: str, images: Tensor, pooled: Tensor) -> Tensor:
+        """The checked map `(N, C, H, W)` of a layer that has run."""
         x = self._slots[layer]
         if x is None:
             raise ValueError(f"layer {layer!r} did not run in the backbone's forward; choose layers that do.")
-        if not isinstance(x, Tensor) or x.ndim != 4 or len(x) != len(pooled):
-            raise ValueError(f"layer {layer!r} gave {_describe(x)}; a hypercolumn is made of maps (N, C, H, W).")
+        x = first_output(x)
+        if not isinstance(x, Tensor) or x.ndim not in (3, 4) or len(x) != len(pooled):
+            raise ValueError(
+                f"layer {layer!r} gave {_describe(x)} for {len(pooled)} images; a hypercolumn is made of maps "
+                "(N, C, H, W) or (N, H, W, C), or of tokens (N, L, C): see cgh.list_layers(backbone, image_size)."
+            )
+        image = (images.shape[-2], images.shape[-1])
+        shape = tuple(x.shape)
+        layout = self.layouts.get(layer) or find_layout(shape, image, self._convolutional[layer], self.prefix_tokens)
+        if layout is None and x.ndim == 4:
+            raise ValueError(
+                f"layer {layer!r} gave shape {shape} for images of {image[0]} x {image[1]}, which may be (N, C, H, W) "
+                f"or (N, H, W, C); say which: layouts={{{layer!r}: 'NCHW'}} or 'NHWC'."
+            )
+        grid = None if layout is None else to_map(x, layout, image, self.prefix_tokens)
+        if grid is None and x.ndim == 3:
+            known = " or ".join(map(str, self.prefix_tokens)) or "an unknown number of"
+            raise ValueError(
+                f"layer {layer!r} gave shape {shape}: {shape[1]} tokens, less {known} prefix tokens, do not surely "
+                f"form one grid of the proportions of {image[0]} x {image[1]} images. Pass prefix_tokens=(class and "
+                "register tokens before the grid's), if tokens row by row are what they are."
+            )
+        if grid is None:
+            raise ValueError(f"layer {layer!r} is said to be {layout} but gave shape {shape}.")
         trainable = any(p.requires_grad for p in self.backbone.get_submodule(layer).parameters())
         if trainable and pooled.requires_grad and not x.requires_grad:
             raise ValueError(
                 f"layer {layer!r} has trainable parameters but ran without gradient, as inside reentrant gradient "
                 "checkpointing; checkpoint with use_reentrant=False."
             )
-        return x
+        return grid
 
     @override
     def extra_repr(self) -> str:
-        return f"layers={list(self.layers)}"
+        return ", ".join(f"{name}={list(layers)}" for name, layers in self.hypercolumns.items())
 
 
 def remove_classifier(backbone: nn.Module) -> None:
@@ -198,6 +276,20 @@ class _Capture:
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.layer in self.slots:
             self.slots[self.layer] = output
+
+
+def _concatenate(maps: Sequence[Tensor]) -> Tensor:
+    """All maps `(N, C, H, W)` at the height and width of the last, along channels."""
+    size = maps[-1].shape[-2:]
+    resized = [
+        x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps
+    ]
+    return torch.cat(resized, dim=1)
+
+
+def first_output(output: object) -> object:
+    """Return the first of what a layer gives: several transformers give their tokens and something besides."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def _describe(x: object) -> str:

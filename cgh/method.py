@@ -42,8 +42,9 @@ class CGH(nn.Module):
     Its whole state is in `state_dict`. It may be wrapped by DistributedDataParallel: the memory is not broadcast.
 
     Args:
-        backbone: any module whose output is its pooled feature; see `HypercolumnExtractor`.
-        layers: dotted names of the hypercolumn's layers.
+        backbone: any module whose output is its pooled feature, or a `HypercolumnExtractor` of one.
+        layers: dotted names of the hypercolumn's layers, by default `["layer3", "layer4"]`, or of several hypercolumns;
+            see `HypercolumnExtractor`, which has them already.
         dim: width of the embeddings, one for all contexts or one for each by name.
         hidden_dim: width inside the heads.
         memory_size: rows of the banks.
@@ -80,7 +81,7 @@ class CGH(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        layers: Sequence[str] = ("layer3", "layer4"),
+        layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         *,
         dim: int | Mapping[str, int] = 512,
         hidden_dim: int = 4096,
@@ -98,7 +99,13 @@ class CGH(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.student = ContextEncoder(HypercolumnExtractor(backbone, layers), dim, hidden_dim, image_shape)
+        if isinstance(backbone, HypercolumnExtractor):
+            if layers is not None:
+                raise ValueError(f"layers is {layers}, but the extractor has its own: {list(backbone.layers)}.")
+            extractor = backbone
+        else:
+            extractor = HypercolumnExtractor(backbone, ["layer3", "layer4"] if layers is None else layers)
+        self.student = ContextEncoder(extractor, dim, hidden_dim, image_shape)
         self.teacher = EMATeacher(self.student, momentum)
         self.shuffle = BatchShuffle(seed) if shuffle else None
         self.memory = MemoryBank(self.student.dims, memory_size, memory_dtype, seed)
