@@ -204,8 +204,8 @@ class HypercolumnExtractor(nn.Module):
         x = first_output(x)
         if not isinstance(x, Tensor) or x.ndim not in (3, 4) or len(x) != len(pooled):
             raise ValueError(
-                f"layer {layer!r} gave {_describe(x)} for {len(pooled)} images; a hypercolumn is made of maps "
-                "(N, C, H, W) or (N, H, W, C), or of tokens (N, L, C): see cgh.list_layers(backbone, image_size)."
+                f"layer {layer!r} gave {_describe(x)}; a hypercolumn is made of maps (N, C, H, W) or (N, H, W, C), or "
+                f"of tokens (N, L, C), with N = {len(pooled)}: see cgh.list_layers(backbone, image_size)."
             )
         image = (images.shape[-2], images.shape[-1])
         shape = tuple(x.shape)

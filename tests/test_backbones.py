@@ -214,7 +214,7 @@ def test_layouts_of_unknown_layers_or_names_are_refused(layouts: Any) -> None:
 
 def test_a_layer_that_gives_neither_map_nor_tokens_is_refused() -> None:
     features = cgh.HypercolumnExtractor(small_vit(), ["heads"])
-    with pytest.raises(ValueError, match=r"layer 'heads' gave shape \(2, 32\) .*list_layers"):
+    with pytest.raises(ValueError, match=r"layer 'heads' gave shape \(2, 32\);.*list_layers"):
         features(torch.randn(2, 3, 64, 64))
 
 

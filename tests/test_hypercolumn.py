@@ -171,7 +171,7 @@ def test_widths_leave_no_trace(images: Tensor) -> None:
     features.backbone.layer1.eval()
     before, modes = copy.deepcopy(features.state_dict()), [m.training for m in features.modules()]
     state = torch.get_rng_state()
-    assert features.widths() == (512, 768)
+    assert features.widths() == (512, {"hypercolumn": 768})
     assert modes == [m.training for m in features.modules()]
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(features.state_dict(), before, rtol=0, atol=0)
@@ -179,7 +179,7 @@ def test_widths_leave_no_trace(images: Tensor) -> None:
 
 def test_widths_of_a_grey_backbone() -> None:
     backbone = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert cgh.HypercolumnExtractor(backbone, ["0"]).widths() == (8, 8)
+    assert cgh.HypercolumnExtractor(backbone, ["0"]).widths() == (8, {"hypercolumn": 8})
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,4 @@ def test_a_backbone_that_cannot_take_the_probe_image() -> None:
     features = cgh.HypercolumnExtractor(backbone, ["0"])
     with pytest.raises(ValueError, match=r"failed on a \(3, 224, 224\) image: .* Pass image_shape="):
         features.widths()
-    assert features.widths((3, 32, 32)) == (8, 4)
+    assert features.widths((3, 32, 32)) == (8, {"hypercolumn": 4})
