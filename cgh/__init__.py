@@ -6,6 +6,7 @@ and Hypercolumn Features" (WACV 2024, arXiv 2308.13392), as parts that stand alo
 
 from cgh import checkpoint as checkpoint
 from cgh import evaluate as evaluate
+from cgh import interop as interop
 from cgh.batchnorm import SplitBatchNorm2d
 from cgh.centring import Centring
 from cgh.contexts import Contexts
@@ -44,5 +45,6 @@ __all__ = [
     "SplitBatchNorm2d",
     "checkpoint",
     "evaluate",
+    "interop",
     "list_layers",
 ]

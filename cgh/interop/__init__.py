@@ -1,0 +1,6 @@
+"""To and from other people's files: plain backbones, safetensors, and the reference implementation's checkpoints."""
+
+from cgh.interop import reference as reference
+from cgh.interop.backbone import backbone_state, load_backbone, save_backbone
+
+__all__ = ["backbone_state", "load_backbone", "reference", "save_backbone"]
