@@ -5,6 +5,7 @@ and Hypercolumn Features" (WACV 2024, arXiv 2308.13392), as parts that stand alo
 """
 
 from cgh import checkpoint as checkpoint
+from cgh import diagnostics as diagnostics
 from cgh import evaluate as evaluate
 from cgh import interop as interop
 from cgh.batchnorm import SplitBatchNorm2d
@@ -44,6 +45,7 @@ __all__ = [
     "RelationMatrix",
     "SplitBatchNorm2d",
     "checkpoint",
+    "diagnostics",
     "evaluate",
     "interop",
     "list_layers",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cgh.heads import HypercolumnHead, ProjectionHead
-from cgh.hypercolumn import HypercolumnExtractor
+from cgh.hypercolumn import Features, HypercolumnExtractor
 
 
 class ContextEncoder(nn.Module):
@@ -69,11 +69,14 @@ class ContextEncoder(nn.Module):
             if name not in self.dims:
                 raise ValueError(f"the encoder has no context {name!r}; it has {list(self.dims)}.")
         if names == ("global",):
-            features = {"global": self.extractor.pooled(images)}
-        else:
-            pooled, hypercolumns = self.extractor(images)
-            features = {"global": pooled, **hypercolumns}
-        return {name: _unit_length(self.heads[name](features[name])) for name in names}
+            return self.project(Features(self.extractor.pooled(images), {}), names)
+        return self.project(self.extractor(images), names)
+
+    def project(self, features: Features, contexts: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the embeddings of what the extractor gave, where something else needs the same features too."""
+        inputs = {"global": features.pooled, **features.hypercolumns}
+        names = inputs if contexts is None else contexts
+        return {name: _unit_length(self.heads[name](inputs[name])) for name in names}
 
 
 def _unit_length(x: Tensor) -> Tensor:
