@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import cgh
 
 BATCH = 48
-STEPS = 12
+STEPS = 8
 
 strong_view = T.Compose([T.RandomResizedCrop(32, scale=(0.4, 1.0)), T.ColorJitter(0.4, 0.4), T.GaussianBlur(3)])
 weak_view = T.RandomResizedCrop(32, scale=(0.7, 1.0))

@@ -6,7 +6,7 @@ python examples/loops/with_lightning.py
 
 from __future__ import annotations
 
-import lightning as L  # noqa: N812  # its documentation's name
+import lightning as L  # its documentation's name
 import task
 import torch
 from torch import Tensor
