@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,16 @@ from typing_extensions import override
 
 from cgh.contexts import Banks
 
-BUFFER = 2**22
-"""Logits held at a time, over all queries: 16 MB of float32, which stays in a CPU's cache."""
+BUFFER = {"torch": 4 * 2**20, "triton": 6 * 2**20}
+"""Logits of all queries that are held at a time: 16 MB of float32 on a CPU, so that they stay in its cache."""
 
 MIN_CHUNK = 1024
 """Rows of a bank read at a time at least: with fewer, rescaling the sums costs more than the products."""
+
+HAS_TRITON = find_spec("triton") is not None
+
+HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether a CUDA product of matrices in half precision can come out in float32, as from torch 2.8."""
 
 
 class Query(NamedTuple):
@@ -55,11 +61,25 @@ class Relation(NamedTuple):
     """By bank, `sum_j softmax(rows . M)_j bank_j`, `(R, D of that bank)`, without gradient."""
 
 
+def backend(x: Tensor) -> Literal["torch", "triton"]:
+    """Return how relations of embeddings like `x` are computed: by plain torch, or with a Triton kernel on CUDA.
+
+    float64, other devices, and a torch that came without Triton take plain torch.
+
+    Example:
+        >>> import torch
+        >>> backend(torch.randn(4, 8))
+        'torch'
+    """
+    return "triton" if HAS_TRITON and x.is_cuda and x.dtype != torch.float64 else "torch"
+
+
 def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     """Return every query's relation, from one pass over the banks.
 
-    The gradient is computed in the pass, so the banks may be overwritten before `backward`. Products are computed in
-    float32 (float64 for float64 embeddings) whatever the banks hold, and sums as well.
+    The gradient is computed in the pass, so the banks may be overwritten before `backward`. Sums are at least float32,
+    whatever the embeddings and the banks hold, and so are products in plain torch; with the kernel (see `backend`),
+    products are in autocast's dtype, or in that of embeddings in half precision.
 
     Args:
         memory: banks `(K, D)` of one length, of any floating point dtype.
@@ -74,7 +94,8 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         >>> torch.allclose(relation.means["global"], p @ bank, atol=1e-5)
         True
     """
-    dtype = reduce(torch.promote_types, (query.embeddings.dtype for query in queries), torch.float32)
+    given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
+    dtype = torch.promote_types(given, torch.float32)
     rows = [query.embeddings.to(dtype) / query.temperature for query in queries]
     learns = [torch.is_grad_enabled() and x.requires_grad for x in rows]
     names = list(dict.fromkeys(name for query in queries for name in (query.bank, *query.averages)))
@@ -85,6 +106,10 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
             for name in (*query.averages, *([query.bank] if learns[number] else []))
         )
     )
+    how = backend(rows[0])
+    products = dtype
+    if how == "triton":
+        products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
     logsumexps_and_means = _stream(
         [x.detach() for x in rows],
         [memory[name].detach() for name in names],
@@ -92,6 +117,8 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         [names.index(query.bank) for query in queries],
         [number for number, _ in wanted],
         [names.index(name) for _, name in wanted],
+        how,
+        products,
     )
     means = dict(zip(wanted, logsumexps_and_means[len(queries) :], strict=True))
     return [
@@ -108,8 +135,8 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
 @torch.library.custom_op(
     "cgh::stream",
     mutates_args=(),
-    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets)"
-    " -> Tensor[]",
+    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets, "
+    "str how, ScalarType products) -> Tensor[]",
 )
 def _stream(
     queries: Sequence[Tensor],
@@ -118,39 +145,55 @@ def _stream(
     reads: Sequence[int],
     sources: Sequence[int],
     targets: Sequence[int],
+    how: str,
+    products: torch.dtype,
 ) -> list[Tensor]:
     """Return the log-sum-exp of every query, then the means of `banks[target]` under `queries[source]`.
 
-    Query `i` is compared with `banks[reads[i]]`.
+    Query `i` is compared with `banks[reads[i]]`. `how` is a `backend`; `products` is the dtype of the matrix products.
     """
-    size, dtype = len(banks[0]), queries[0].dtype
+    if how == "triton":
+        from cgh import kernels
+
+        step = kernels.exponentiate
+    else:
+        step = exponentiate
     # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
     readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
     order = [number for numbers in readers for number in numbers]
     ends = list(accumulate(len(queries[number]) for number in order))
     spans = {number: slice(end - len(queries[number]), end) for number, end in zip(order, ends, strict=True)}
     blocks = [
-        (bank, slice(spans[numbers[0]].start, spans[numbers[-1]].stop), torch.cat([queries[n] for n in numbers]))
+        (
+            bank,
+            slice(spans[numbers[0]].start, spans[numbers[-1]].stop),
+            torch.cat([queries[n] for n in numbers]).to(products),
+        )
         for bank, numbers in enumerate(readers)
         if numbers
     ]
-    chunk = min(size, max(MIN_CHUNK, BUFFER // ends[-1]))
-    buffer = queries[0].new_empty(ends[-1] * chunk)
+    size = len(banks[0])
+    chunk = min(size, max(MIN_CHUNK, BUFFER[how] // ends[-1]))
+    buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
     maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
-    total = torch.zeros_like(maximum)
+    total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
     sums = [queries[s].new_zeros(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)]
 
     for start in range(0, size, chunk):
-        rows = [bank[start : start + chunk].to(dtype) for bank in banks]
-        logits = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
+        rows = [bank[start : start + chunk].to(products) for bank in banks]
+        weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
         for bank, span, stacked in blocks:
-            torch.mm(stacked, rows[bank].T, out=logits[span])
-        for number, centre in enumerate(centres):
-            if centre is not None:
-                logits[spans[number]] -= centre[start : start + chunk]
-        shrink = _exponentiate_(logits, maximum, total)
+            logits = weights[span] if products == total.dtype else torch.empty_like(weights[span], dtype=total.dtype)
+            _multiply(stacked, rows[bank].T, out=logits)
+            for number in readers[bank]:
+                if (centre := centres[number]) is not None:
+                    logits[spans[number].start - span.start :][: len(queries[number])] -= centre[start : start + chunk]
+            step(logits, maximum[span], total[span], shrink[span], weights[span])
         for source, target, weighted in zip(sources, targets, sums, strict=True):
-            weighted.mul_(shrink[spans[source]]).addmm_(logits[spans[source]], rows[target])
+            product = torch.empty_like(weighted)
+            _multiply(weights[spans[source]], rows[target], out=product)
+            torch.addcmul(product, weighted, shrink[spans[source]], out=weighted)
+        del rows  # before the next are converted: one chunk of the banks at a time
 
     logsumexp = (maximum + total.log()).squeeze(1)
     return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
@@ -166,24 +209,37 @@ def _(
     reads: Sequence[int],
     sources: Sequence[int],
     targets: Sequence[int],
+    how: str,
+    products: torch.dtype,
 ) -> list[Tensor]:
     return [query.new_empty(len(query)) for query in queries] + [
         queries[s].new_empty(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)
     ]
 
 
-def _exponentiate_(logits: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Turn a chunk's logits `(R, chunk)` into `exp(logits - maximum)`, with the running `maximum` and `total` `(R, 1)`.
+def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor, weights: Tensor) -> None:
+    """Continue a running softmax by one chunk of logits, in place.
 
-    Returns:
-        what the sums over earlier chunks have to be multiplied with, `(R, 1)`.
+    Args:
+        logits: `(R, chunk)`.
+        maximum: `(R, 1)`, of the logits so far; brought up to date.
+        total: `(R, 1)`, the sum of `exp(logits - maximum)` so far; brought up to date.
+        shrink: `(R, 1)`, gets what sums over the earlier chunks have to be multiplied with, as `maximum` has grown.
+        weights: `(R, chunk)`, gets `exp(logits - maximum)`; it may be `logits` itself, or of another dtype.
     """
-    previous = maximum.clone()
+    shrink.copy_(maximum)
     torch.maximum(maximum, logits.amax(dim=1, keepdim=True), out=maximum)
-    shrink = previous.sub_(maximum).exp_()
-    logits.sub_(maximum).exp_()
-    total.mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
-    return shrink
+    shrink.sub_(maximum).exp_()
+    torch.sub(logits, maximum, out=weights).exp_()
+    total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write `a @ b` into `out`, added up in its dtype, which may be wider than theirs."""
+    if a.is_cuda and a.dtype != out.dtype and HAS_WIDE_PRODUCTS:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 class _Attach(torch.autograd.Function):

@@ -22,7 +22,7 @@ Inputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 @pytest.fixture(params=[7, 1024], ids=["many chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows of a bank read at a time."""
-    monkeypatch.setattr(streaming, "BUFFER", 1)
+    monkeypatch.setattr(streaming, "BUFFER", {"torch": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", request.param)
     return request.param
 
@@ -187,7 +187,7 @@ def test_large_embeddings_do_not_overflow() -> None:
 
 
 def test_a_later_chunk_may_hold_the_largest_logit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BUFFER", 1)
+    monkeypatch.setattr(streaming, "BUFFER", {"torch": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 10)
     z, t, memory = inputs(size=40)
     for name, bank in memory.items():
