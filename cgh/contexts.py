@@ -63,6 +63,7 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
     """Check that every named context has a bank of its own width.
 
     Raises:
+        TypeError: a bank is not floating point.
         ValueError: a bank is missing, or its rows are of another width than the embeddings.
     """
     for name in names:
@@ -73,6 +74,15 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
             raise ValueError(
                 f"{owner}[{name!r}] has {width} dimensions and memory[{name!r}] is {rows}; a bank is (size, {width})."
             )
+        if not memory[name].is_floating_point():
+            raise TypeError(f"memory[{name!r}] is {memory[name].dtype}; a bank is floating point, as embeddings are.")
+
+
+def check_same_device(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors, named for the message, are on one device."""
+    if len({x.device for x in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"a loss reads tensors of one device; got {places}. Move them with .to(device).")
 
 
 def check_same_contexts(z: Contexts, t: Contexts) -> None:
@@ -88,7 +98,7 @@ def check_batch(z: Contexts, t: Contexts, memory: Banks, learners: Sequence[str]
 
     Raises:
         TypeError, ValueError: as `check_contexts` and `check_banks`; also student and teacher of different batch sizes,
-            and guides and learners with banks of different length.
+            guides and learners with banks of different length, and tensors on different devices.
     """
     students, teachers = check_contexts(z, "student", learners), check_contexts(t, "teacher", guides)
     if students != teachers:
@@ -100,6 +110,11 @@ def check_batch(z: Contexts, t: Contexts, memory: Banks, learners: Sequence[str]
     sizes = {name: len(memory[name]) for name in {*learners, *guides}}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the banks have different lengths, {sizes}; row j of each must belong to the same image.")
+    check_same_device(
+        {f"student[{name!r}]": z[name] for name in learners}
+        | {f"teacher[{name!r}]": t[name] for name in guides}
+        | {f"memory[{name!r}]": memory[name] for name in {*learners, *guides}}
+    )
 
 
 def check_finite(x: Tensor, name: str) -> None:

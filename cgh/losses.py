@@ -18,9 +18,10 @@ from cgh.contexts import (
     check_batch,
     check_contexts,
     check_same_contexts,
+    check_same_device,
     check_temperature,
 )
-from cgh.relation import cross_entropy, similarity
+from cgh.streaming import Query, Relation, stream
 
 STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
 TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
@@ -33,6 +34,9 @@ class CrossContextLoss(nn.Module):
     the term `CE(student relations in learner | teacher relations in guide)`, with `CE(p | t) = -sum_j t_j log p_j`, the
     mean over the batch; the loss is the mean over the pairs. Neither the teacher nor the memory gets a gradient.
 
+    The relations are never stored: value and gradient come from one pass over the memory, see `cgh.streaming`.
+    `cgh.relation.cross_context_term` is the equation with all relations in memory.
+
     Args:
         student_temperature: one for all contexts, or one for each by name.
         teacher_temperature: likewise; the lower, the sharper the target.
@@ -44,9 +48,11 @@ class CrossContextLoss(nn.Module):
         student `z` and teacher `t`: `{name: (N, D)}`; `memory`: `{name: (K, D)}` -> a scalar.
 
     Raises:
-        TypeError: contexts that are no mapping, or embeddings that are not floating point.
+        TypeError: contexts that are no mapping, or embeddings or banks that are not floating point.
         ValueError: a temperature of zero or below or missing for a context; student, teacher and memory with other
-            names, widths or batch sizes than one another; an empty batch; values that are not finite.
+            names, widths or batch sizes than one another, or on other devices; an empty batch; values that are not
+            finite.
+        RuntimeError: on differentiating twice; `cgh.relation.cross_context_term` can be.
 
     Example:
         >>> import torch, cgh
@@ -89,21 +95,28 @@ class CrossContextLoss(nn.Module):
                 the contexts that it has; a learner's term is the mean over its views.
         """
         pairs = self._check(z, t, memory, local_views)
-        terms = {}
-        for learner, guide in pairs:
-            target = self._teacher_relations(t, memory, guide)
-            views = [view[learner] for view in (z, *local_views) if learner in view]
-            temperature = _temperature(self.student_temperature, learner)
-            terms[learner, guide] = torch.stack(
-                [cross_entropy(similarity(view, memory[learner]) / temperature, target) for view in views]
-            ).mean()
-        return terms
-
-    def _teacher_relations(self, t: Contexts, memory: Banks, guide: str) -> Tensor:
-        similarities = similarity(t[guide].detach(), memory[guide])
-        if self.centring is not None:
-            similarities = similarities - self.centring[guide]
-        return torch.softmax(similarities / _temperature(self.teacher_temperature, guide), dim=1)
+        learners, guides = _unique(pairs)
+        views = {name: [view[name] for view in (z, *local_views) if name in view] for name in learners}
+        students = [
+            Query(torch.cat(views[name]), name, _temperature(self.student_temperature, name)) for name in learners
+        ]
+        teachers = [
+            Query(
+                t[name].detach(),
+                name,
+                _temperature(self.teacher_temperature, name),
+                averages=[learner for learner, guide in pairs if guide == name],
+                centre=None if self.centring is None else self.centring[name],
+            )
+            for name in guides
+        ]
+        relations = stream(memory, [*students, *teachers])
+        student = dict(zip(learners, relations, strict=False))
+        teacher = dict(zip(guides, relations[len(learners) :], strict=True))
+        return {
+            (learner, guide): _cross_entropy(student[learner], teacher[guide].means[learner])
+            for learner, guide in pairs
+        }
 
     def _check(
         self, z: Contexts, t: Contexts, memory: Banks, local_views: Sequence[Contexts]
@@ -118,7 +131,7 @@ class CrossContextLoss(nn.Module):
                 raise ValueError(
                     f"the one context {list(z)} has no other to learn from; pass pairs=[('global', 'global')]."
                 )
-        learners, guides = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+        learners, guides = _unique(pairs)
         check_batch(z, t, memory, learners, guides)
         for number, view in enumerate(local_views):
             names = [name for name in learners if name in view]
@@ -126,6 +139,8 @@ class CrossContextLoss(nn.Module):
             if check_contexts(view, owner, names) != len(z[learners[0]]):
                 raise ValueError(f"{owner} has {len(view[names[0]])} images, the student {len(z[learners[0]])}.")
             check_banks(view, memory, owner, names)
+            for name in names:
+                check_same_device({f"student[{name!r}]": z[name], f"{owner}[{name!r}]": view[name]})
         return pairs
 
 
@@ -142,7 +157,7 @@ class InfoNCELoss(nn.Module):
         student `z` and teacher `t`: `{name: (N, D)}`; `memory`: `{name: (K, D)}` -> a scalar.
 
     Raises:
-        TypeError, ValueError: as `CrossContextLoss`.
+        TypeError, ValueError, RuntimeError: as `CrossContextLoss`.
 
     Example:
         >>> import torch, cgh
@@ -161,16 +176,33 @@ class InfoNCELoss(nn.Module):
         check_contexts(z, "student")
         check_same_contexts(z, t)
         check_batch(z, t, memory, list(z), list(z))
+        relations = stream(memory, [Query(z[name], name, self.temperature) for name in z])
         losses = []
-        for name in z:
-            positive = torch.sum(z[name] * t[name].detach(), dim=1, keepdim=True)
-            logits = torch.cat([positive, similarity(z[name], memory[name])], dim=1) / self.temperature
-            losses.append(F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)))
+        for name, relation in zip(z, relations, strict=True):
+            positive = torch.sum(relation.rows * t[name].detach(), dim=1)
+            # The softmax over the positive and the memory, at the positive, is a sigmoid.
+            losses.append(-F.logsigmoid(positive - relation.logsumexp).mean())
         return torch.stack(losses).sum()
 
     @override
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
+
+
+def _cross_entropy(student: Relation, expected: Tensor) -> Tensor:
+    """Return `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, the mean over all views of the batch.
+
+    Args:
+        student: the relation of the student's rows, one view after the other, `(V * N)` of them.
+        expected: the learner's mean row under the teacher's relation, `sum_j t_j M_j`, `(N, D)`.
+    """
+    views = student.rows.unflatten(0, (-1, len(expected)))
+    return (student.logsumexp.view(len(views), -1) - torch.sum(views * expected, dim=-1)).mean()
+
+
+def _unique(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """The learners and the guides of `pairs`, each once."""
+    return list(dict.fromkeys(learner for learner, _ in pairs)), list(dict.fromkeys(guide for _, guide in pairs))
 
 
 def _check_temperatures(temperature: float | Mapping[str, float], name: str) -> float | dict[str, float]:

@@ -1,8 +1,13 @@
-"""Relations between images and a memory, and how far one relation is from another."""
+"""Relations between images and a memory, and the losses' equations with the whole relation matrix in memory.
+
+`cgh.CrossContextLoss` and `cgh.InfoNCELoss` compute the same values and gradients without the matrix, see
+`cgh.streaming`. These functions are for reading, for tests, and for trying another divergence than cross-entropy.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -61,3 +66,48 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         target: the teacher's relations `t`, `(N, K)`, rows that sum to one.
     """
     return -torch.sum(target * logits.log_softmax(dim=1), dim=1).mean()
+
+
+def cross_context_term(
+    z: Tensor,
+    t: Tensor,
+    learner_bank: Tensor,
+    guide_bank: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    centre: Tensor | float = 0.0,
+) -> Tensor:
+    """Return one term of `cgh.CrossContextLoss`: the student in the learner's context, the teacher in the guide's.
+
+    Args:
+        z: the student's embeddings in the learner's context, `(N, D)`.
+        t: the teacher's in the guide's context, `(N, E)`; they get no gradient.
+        learner_bank: `(K, D)`.
+        guide_bank: `(K, E)`.
+        student_temperature: above zero.
+        teacher_temperature: above zero.
+        centre: `(K,)`, taken off the teacher's similarities.
+
+    Example:
+        >>> import torch
+        >>> from cgh.relation import cross_context_term
+        >>> z, t = torch.randn(4, 8), torch.randn(4, 6)
+        >>> cross_context_term(z, t, torch.randn(100, 8), torch.randn(100, 6), 0.1, 0.08).shape
+        torch.Size([])
+    """
+    target = torch.softmax((similarity(t.detach(), guide_bank) - centre) / teacher_temperature, dim=1)
+    return cross_entropy(similarity(z, learner_bank) / student_temperature, target)
+
+
+def infonce_term(z: Tensor, t: Tensor, bank: Tensor, temperature: float) -> Tensor:
+    """Return one context's term of `cgh.InfoNCELoss`.
+
+    Args:
+        z: the student's embeddings `(N, D)`.
+        t: the teacher's `(N, D)`, the positives; they get no gradient.
+        bank: `(K, D)`, the negatives.
+        temperature: above zero.
+    """
+    positive = torch.sum(z * t.detach(), dim=1, keepdim=True)
+    logits = torch.cat([positive, similarity(z, bank)], dim=1) / temperature
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

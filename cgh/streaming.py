@@ -1,0 +1,281 @@
+"""Relations to a memory in one pass over it, chunk by chunk, so that no `(N, K)` matrix is ever stored.
+
+With logits `s_j = z . M_j / temperature`, a loss on relations needs only two things of a row of the relation matrix:
+`log sum_j exp(s_j)`, and the mean row of a bank under the relation, `sum_j softmax(s)_j M_j`. For
+
+    CE(p | t) = -sum_j t_j log p_j = log sum_j exp(s_j) - z . (sum_j t_j M_j) / temperature,
+
+so the mean row under the teacher's relation gives the value, and together with the mean row under the student's the
+gradient `(sum_j p_j M_j - sum_j t_j M_j) / temperature`. Both are running sums, rescaled whenever a row's largest logit
+grows, so that no exponential overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cgh.contexts import Banks
+
+BUFFER = {"torch": 4 * 2**20, "triton": 6 * 2**20}
+"""Logits of all queries that are held at a time: 16 MB of float32 on a CPU, so that they stay in its cache."""
+
+MIN_CHUNK = 1024
+"""Rows of a bank read at a time at least: with fewer, rescaling the sums costs more than the products."""
+
+HAS_TRITON = find_spec("triton") is not None
+
+HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether a CUDA product of matrices in half precision can come out in float32, as from torch 2.8."""
+
+
+class Query(NamedTuple):
+    """Embeddings whose relation to a bank is asked for."""
+
+    embeddings: Tensor
+    """`(R, D)`."""
+    bank: str
+    """The name of the bank that they are compared with."""
+    temperature: float
+    averages: Sequence[str] = ()
+    """Names of the banks whose mean row under the relation is wanted; row `j` of each belongs to the same image."""
+    centre: Tensor | None = None
+    """`(K,)`, taken off the similarities."""
+
+
+class Relation(NamedTuple):
+    """What a loss needs of the relation of a query's rows, in at least float32."""
+
+    rows: Tensor
+    """`z / temperature`, `(R, D)`."""
+    logsumexp: Tensor
+    """`log sum_j exp(rows . M_j)`, `(R,)`, differentiable once with respect to the embeddings."""
+    means: dict[str, Tensor]
+    """By bank, `sum_j softmax(rows . M)_j bank_j`, `(R, D of that bank)`, without gradient."""
+
+
+def backend(x: Tensor) -> Literal["torch", "triton"]:
+    """Return how relations of embeddings like `x` are computed: by plain torch, or with a Triton kernel on CUDA.
+
+    float64, other devices, and a torch that came without Triton take plain torch.
+
+    Example:
+        >>> import torch
+        >>> backend(torch.randn(4, 8))
+        'torch'
+    """
+    return "triton" if HAS_TRITON and x.is_cuda and x.dtype != torch.float64 else "torch"
+
+
+def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
+    """Return every query's relation, from one pass over the banks.
+
+    The gradient is computed in the pass, so the banks may be overwritten before `backward`. Sums are at least float32,
+    whatever the embeddings and the banks hold, and so are products in plain torch; with the kernel (see `backend`),
+    products are in autocast's dtype, or in that of embeddings in half precision.
+
+    Args:
+        memory: banks `(K, D)` of one length, of any floating point dtype.
+        queries: at least one.
+
+    Example:
+        >>> import torch
+        >>> from cgh.streaming import Query, stream
+        >>> z, bank = torch.randn(4, 8), torch.randn(100, 8)
+        >>> [relation] = stream({"global": bank}, [Query(z, "global", temperature=0.5, averages=["global"])])
+        >>> p = torch.softmax(z @ bank.T / 0.5, dim=1)
+        >>> torch.allclose(relation.means["global"], p @ bank, atol=1e-5)
+        True
+    """
+    given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
+    dtype = torch.promote_types(given, torch.float32)
+    rows = [query.embeddings.to(dtype) / query.temperature for query in queries]
+    learns = [torch.is_grad_enabled() and x.requires_grad for x in rows]
+    names = list(dict.fromkeys(name for query in queries for name in (query.bank, *query.averages)))
+    wanted = list(
+        dict.fromkeys(
+            (number, name)
+            for number, query in enumerate(queries)
+            for name in (*query.averages, *([query.bank] if learns[number] else []))
+        )
+    )
+    how = backend(rows[0])
+    products = dtype
+    if how == "triton":
+        products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
+    logsumexps_and_means = _stream(
+        [x.detach() for x in rows],
+        [memory[name].detach() for name in names],
+        [None if query.centre is None else query.centre.detach() / query.temperature for query in queries],
+        [names.index(query.bank) for query in queries],
+        [number for number, _ in wanted],
+        [names.index(name) for _, name in wanted],
+        how,
+        products,
+    )
+    means = dict(zip(wanted, logsumexps_and_means[len(queries) :], strict=True))
+    return [
+        Relation(
+            rows[number],
+            _Attach.apply(rows[number], logsumexp, means[number, query.bank]) if learns[number] else logsumexp,
+            {name: means[number, name] for name in query.averages},
+        )
+        for number, (query, logsumexp) in enumerate(zip(queries, logsumexps_and_means, strict=False))
+    ]
+
+
+# An operator of its own, so that torch.compile takes the loop over the chunks as one call and does not unroll it.
+@torch.library.custom_op(
+    "cgh::stream",
+    mutates_args=(),
+    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets, "
+    "str how, ScalarType products) -> Tensor[]",
+)
+def _stream(
+    queries: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    centres: Sequence[Tensor | None],
+    reads: Sequence[int],
+    sources: Sequence[int],
+    targets: Sequence[int],
+    how: str,
+    products: torch.dtype,
+) -> list[Tensor]:
+    """Return the log-sum-exp of every query, then the means of `banks[target]` under `queries[source]`.
+
+    Query `i` is compared with `banks[reads[i]]`. `how` is a `backend`; `products` is the dtype of the matrix products.
+    """
+    if how == "triton":
+        from cgh import kernels
+
+        step = kernels.exponentiate
+    else:
+        step = exponentiate
+    # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
+    readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
+    order = [number for numbers in readers for number in numbers]
+    ends = list(accumulate(len(queries[number]) for number in order))
+    spans = {number: slice(end - len(queries[number]), end) for number, end in zip(order, ends, strict=True)}
+    blocks = [
+        (
+            bank,
+            slice(spans[numbers[0]].start, spans[numbers[-1]].stop),
+            torch.cat([queries[n] for n in numbers]).to(products),
+        )
+        for bank, numbers in enumerate(readers)
+        if numbers
+    ]
+    size = len(banks[0])
+    chunk = min(size, max(MIN_CHUNK, BUFFER[how] // ends[-1]))
+    buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
+    maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
+    total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
+    sums = [queries[s].new_zeros(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)]
+
+    for start in range(0, size, chunk):
+        rows = [bank[start : start + chunk].to(products) for bank in banks]
+        weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
+        for bank, span, stacked in blocks:
+            logits = weights[span] if products == total.dtype else torch.empty_like(weights[span], dtype=total.dtype)
+            _multiply(stacked, rows[bank].T, out=logits)
+            for number in readers[bank]:
+                if (centre := centres[number]) is not None:
+                    logits[spans[number].start - span.start :][: len(queries[number])] -= centre[start : start + chunk]
+            step(logits, maximum[span], total[span], shrink[span], weights[span])
+        for source, target, weighted in zip(sources, targets, sums, strict=True):
+            product = torch.empty_like(weighted)
+            _multiply(weights[spans[source]], rows[target], out=product)
+            torch.addcmul(product, weighted, shrink[spans[source]], out=weighted)
+        del rows  # before the next are converted: one chunk of the banks at a time
+
+    logsumexp = (maximum + total.log()).squeeze(1)
+    return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
+        weighted / total[spans[source]] for source, weighted in zip(sources, sums, strict=True)
+    ]
+
+
+@_stream.register_fake
+def _(
+    queries: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    centres: Sequence[Tensor | None],
+    reads: Sequence[int],
+    sources: Sequence[int],
+    targets: Sequence[int],
+    how: str,
+    products: torch.dtype,
+) -> list[Tensor]:
+    return [query.new_empty(len(query)) for query in queries] + [
+        queries[s].new_empty(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)
+    ]
+
+
+def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor, weights: Tensor) -> None:
+    """Continue a running softmax by one chunk of logits, in place.
+
+    Args:
+        logits: `(R, chunk)`.
+        maximum: `(R, 1)`, of the logits so far; brought up to date.
+        total: `(R, 1)`, the sum of `exp(logits - maximum)` so far; brought up to date.
+        shrink: `(R, 1)`, gets what sums over the earlier chunks have to be multiplied with, as `maximum` has grown.
+        weights: `(R, chunk)`, gets `exp(logits - maximum)`; it may be `logits` itself, or of another dtype.
+    """
+    shrink.copy_(maximum)
+    torch.maximum(maximum, logits.amax(dim=1, keepdim=True), out=maximum)
+    shrink.sub_(maximum).exp_()
+    torch.sub(logits, maximum, out=weights).exp_()
+    total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write `a @ b` into `out`, added up in its dtype, which may be wider than theirs."""
+    if a.is_cuda and a.dtype != out.dtype and HAS_WIDE_PRODUCTS:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+class _Attach(torch.autograd.Function):
+    """A value with the gradient that was computed along with it."""
+
+    @staticmethod
+    def forward(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        rows, _, gradient = inputs
+        ctx.save_for_backward(rows, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, gradient = ctx.saved_tensors
+        return _Once.apply(grad.unsqueeze(1) * gradient, rows), None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on `rows` and cannot be differentiated with respect to them."""
+
+    @staticmethod
+    def forward(gradient: Tensor, rows: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(
+            "the loss keeps no relation matrix and so has no second derivative: call backward() without create_graph, "
+            "or use cgh.relation.cross_context_term and cgh.relation.infonce_term, which keep it."
+        )
