@@ -69,10 +69,8 @@ def test_is_typed_and_has_one_version() -> None:
 @pytest.mark.parametrize("name", cgh.__all__)
 def test_every_public_name_is_documented(name: str) -> None:
     item = getattr(cgh, name)
-    if isinstance(item, type):
-        assert item.__doc__
-        assert issubclass(item, tuple) or "Example:" in item.__doc__
-    elif isinstance(item, ModuleType):
-        assert item.__doc__
-    else:
-        assert name == "Contexts", "neither a class nor a module, so nothing shows how to use it"
+    if name == "Contexts":
+        return  # an alias: the site documents it
+    assert item.__doc__
+    if not isinstance(item, ModuleType) and not (isinstance(item, type) and issubclass(item, tuple)):
+        assert "Example:" in item.__doc__
