@@ -27,7 +27,7 @@ def install(session: nox.Session, *packages: str) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run all tests and the examples in docstrings; `-- -m "not slow"` leaves the slow ones out."""
+    """Run the tests and the examples in docstrings; `-- -m slow` runs the slow ones."""
     install(session, "-e", ".[tests]")
     session.run(str(PYTHON), "-m", "pytest", *session.posargs)
 
