@@ -2,5 +2,6 @@
 
 from cgh.interop import reference as reference
 from cgh.interop.backbone import backbone_state, load_backbone, save_backbone
+from cgh.interop.trained import resnet, trained_backbone
 
-__all__ = ["backbone_state", "load_backbone", "reference", "save_backbone"]
+__all__ = ["backbone_state", "load_backbone", "reference", "resnet", "save_backbone", "trained_backbone"]

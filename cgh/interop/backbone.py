@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | Mapping[str
             misshapen key is listed.
     """
     what = "the backbone" if isinstance(source, Mapping) else str(source)
-    state = check_tensors(source if isinstance(source, Mapping) else _read(Path(source)), what)
+    state = check_tensors(source if isinstance(source, Mapping) else read(source), what)
     backbone = find_backbone(model)
     check_match(state, backbone.state_dict(), what)
     backbone.load_state_dict(state)
@@ -100,12 +101,19 @@ def find_backbone(model: nn.Module) -> nn.Module:
     return model.backbone if isinstance(model, HypercolumnExtractor) else model
 
 
-def _read(path: Path) -> Mapping[str, object]:
-    if path.suffix != ".safetensors":
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file holds: safetensors if it is called `.safetensors`, else a checkpoint of plain data.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: safetensors is not installed.
+        ValueError: the file holds more than data, or is cut short.
+    """
+    if Path(path).suffix != ".safetensors":
         return checkpoint.load(path)
     safetensors = require("safetensors.torch", extra="interop")
     try:
-        state: dict[str, Tensor] = safetensors.load_file(path)
+        state: dict[str, Any] = safetensors.load_file(path)
     except FileNotFoundError:
         raise
     except Exception as error:

@@ -1,0 +1,136 @@
+"""A trained ResNet out of any file that holds one: a run's checkpoint, the reference's, torchvision's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torchvision  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from cgh.hypercolumn import remove_classifier
+from cgh.interop.backbone import read
+from cgh.interop.matching import check_match, check_tensors
+
+# Where a checkpoint keeps its tensors: this library's examples, the reference implementation, MoCo and many others.
+CHECKPOINT_KEYS = ("model", "net", "state_dict")
+# Where a method keeps its backbone: `cgh.CGH`, a `ContextEncoder`, a `HypercolumnExtractor`, the reference (and MoCo).
+ENCODER_KEYS = ("student.extractor.backbone", "extractor.backbone", "backbone", "encoder_q")
+
+
+def resnet(arch: str = "resnet50", small_images: bool = False) -> nn.Module:
+    """Return a fresh ResNet of torchvision without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
+
+    Args:
+        arch: torchvision's name, such as "resnet18" or "resnet50".
+        small_images: for images of about 32 pixels: the first convolution is 3x3 of stride 1, and no max pool follows.
+
+    Raises:
+        ValueError: torchvision has no ResNet of that name.
+
+    Example:
+        >>> import torch, cgh
+        >>> cgh.interop.resnet("resnet18", small_images=True)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 512])
+    """
+    if arch not in _names():
+        raise ValueError(f"arch is {arch!r}; torchvision's ResNets are {', '.join(_names())}.")
+    model: nn.Module = torchvision.models.get_model(arch)
+    remove_classifier(model)
+    if small_images:
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        model.maxpool = nn.Identity()
+    return model
+
+
+def trained_backbone(
+    path: str | os.PathLike[str],
+    arch: str | None = None,
+    small_images: bool | None = None,
+    checkpoint_key: str | None = None,
+    encoder_key: str | None = None,
+) -> nn.Module:
+    """Return the trained ResNet of a file, without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
+
+    The file is a checkpoint of `examples/imagenet/pretrain.py` (whose student's backbone is taken), one of the
+    reference implementation, or plain weights under torchvision's names, in PyTorch's format or as `.safetensors`.
+    It is read as data; a pickle that would run code is refused.
+
+    Args:
+        path: the file.
+        arch: as for `resnet`; by default what the file says, and if it says nothing, the one that its tensors fit.
+        small_images: as for `resnet`; by default what the file says, or its first convolution shows.
+        checkpoint_key: the entry with the tensors; by default "model", "net" or "state_dict", or the file itself.
+        encoder_key: what the backbone's names begin with, such as "encoder_q" (the reference's student),
+            "encoder_k" (its teacher) or "teacher.encoder.extractor.backbone" (this library's); by default the student.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: safetensors is not installed.
+        ValueError: the file is no checkpoint or cut short; it has no such entry; its tensors are not those of the
+            architecture, and then every missing, unexpected and misshapen key is listed.
+
+    Example:
+        >>> import tempfile, torch, torchvision, cgh
+        >>> path = tempfile.mkdtemp() + "/resnet18.pth"
+        >>> torch.save(torchvision.models.resnet18().state_dict(), path)
+        >>> cgh.interop.trained_backbone(path)(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 512])
+    """
+    content = read(path)
+    state = _backbone_state(_tensors(content, checkpoint_key, path), encoder_key, path)
+    config = content.get("config")
+    said = {**content, **(config if isinstance(config, Mapping) else {})}  # the reference has no config, but an "arch"
+    if small_images is None:
+        stem = state.get("conv1.weight")
+        small_images = said.get("small_images", stem is not None and stem.shape[-1] == 3)
+    model = resnet(arch or said.get("arch") or _find_arch(state, small_images, path), small_images)
+    expected = model.state_dict()
+    # A count that no evaluation reads, and that files from before it existed lack.
+    state |= {key: x for key, x in expected.items() if key.endswith("num_batches_tracked") and key not in state}
+    check_match(state, expected, str(path))
+    model.load_state_dict(state)
+    return model
+
+
+def _names() -> list[str]:
+    names: list[str] = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+    return names
+
+
+def _tensors(content: Mapping[str, Any], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without the "module." of a model that was trained on several devices."""
+    if key is not None and not isinstance(content.get(key), Mapping):
+        entries = [name for name, value in content.items() if isinstance(value, Mapping)]
+        raise ValueError(f"{path} has no tensors under {key!r}; its entries with tensors are {entries}.")
+    keys = CHECKPOINT_KEYS if key is None else [key]
+    tensors = next((content[k] for k in keys if isinstance(content.get(k), Mapping)), content)
+    return {name.removeprefix("module."): x for name, x in check_tensors(tensors, str(path)).items()}
+
+
+def _backbone_state(tensors: Mapping[str, Tensor], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The backbone's tensors by torchvision's names, without a classifier or the head that stands in its place."""
+    keys = ENCODER_KEYS if key is None else [key]
+    prefix = next((f"{k}." for k in keys if any(name.startswith(f"{k}.") for name in tensors)), "")
+    if key is not None and not prefix:
+        starts = sorted({name.partition(".")[0] for name in tensors})
+        raise ValueError(f"{path} has no tensors whose names begin with {key + '.'!r}; they begin with {starts}.")
+    state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return {name: x for name, x in state.items() if not name.startswith("fc.")}
+
+
+def _find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
+    """The architecture whose tensors have the names and shapes of `state`."""
+    shapes = {name: x.shape for name, x in state.items() if not name.endswith("num_batches_tracked")}
+    for arch in _names():
+        with torch.device("meta"):
+            expected = resnet(arch, small_images).state_dict()
+        if shapes == {name: x.shape for name, x in expected.items() if not name.endswith("num_batches_tracked")}:
+            return arch
+    raise ValueError(
+        f"{path} does not say its architecture, and its tensors fit none of {', '.join(_names())}; name the one that "
+        "it should be (arch), to see what differs, or where in the file the backbone is (checkpoint_key, encoder_key)."
+    )

@@ -1,0 +1,91 @@
+"""A trained ResNet out of a run's checkpoint, the reference's and torchvision's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import cgh
+from cgh.interop import reference, resnet, trained_backbone
+
+
+def small_method(arch: str = "resnet18", small_images: bool = True) -> cgh.CGH:
+    backbone = resnet(arch, small_images)
+    return cgh.CGH(backbone, dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 32, 32))
+
+
+def assert_same(loaded: nn.Module, backbone: nn.Module) -> None:
+    torch.testing.assert_close(loaded.state_dict(), backbone.state_dict(), rtol=0, atol=0)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(images), backbone.eval()(images), rtol=0, atol=0)
+
+
+def test_a_runs_checkpoint_says_its_architecture(tmp_path: Path) -> None:
+    model = small_method()
+    config = {"arch": "resnet18", "small_images": True, "layers": ["layer3", "layer4"], "dim": 8}
+    cgh.checkpoint.save({"model": model.state_dict(), "epoch": 3, "config": config}, tmp_path / "checkpoint.pt")
+    assert_same(trained_backbone(tmp_path / "checkpoint.pt"), model.student.extractor.backbone)
+    teacher = trained_backbone(tmp_path / "checkpoint.pt", encoder_key="teacher.encoder.extractor.backbone")
+    assert_same(teacher, model.teacher.encoder.extractor.backbone)
+
+
+@pytest.mark.parametrize(
+    ("entry", "module", "small_images"), [("net", "module.", False), ("state_dict", "", True), (None, "module.", True)]
+)
+def test_the_references_checkpoints(entry: str | None, module: str, small_images: bool, tmp_path: Path) -> None:
+    model = small_method(small_images=small_images)
+    tensors = {f"{module}{key}": x for key, x in reference.state_dict(model).items()}
+    torch.save({"arch": "resnet18", "epoch": 1, entry: tensors} if entry else tensors, tmp_path / "ckpt.pth.tar")
+    assert_same(trained_backbone(tmp_path / "ckpt.pth.tar"), model.student.extractor.backbone)
+    keys = {"checkpoint_key": entry, "encoder_key": "encoder_k"}
+    assert_same(trained_backbone(tmp_path / "ckpt.pth.tar", **keys), model.teacher.encoder.extractor.backbone)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_torchvisions_weights_fit_one_architecture(arch: str, suffix: str, tmp_path: Path) -> None:
+    model = torchvision.models.get_model(arch)
+    state = model.state_dict()
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "weights.safetensors")
+    else:  # as torchvision's older files: no count of batches
+        state = {key: x for key, x in state.items() if not key.endswith("num_batches_tracked")}
+        torch.save(state, tmp_path / "weights.pth")
+    model.fc = nn.Identity()
+    assert_same(trained_backbone(tmp_path / f"weights{suffix}"), model)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    state = resnet("resnet18").state_dict()
+    state["extra"] = state.pop("bn1.bias")
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        trained_backbone(path, "resnet18", small_images=True)
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit the model:",
+        "  missing: bn1.bias (64,)",
+        "  unexpected: extra (64,)",
+        "  misshapen: conv1.weight is (64, 3, 7, 7), the model's is (64, 3, 3, 3)",
+    ]
+    with pytest.raises(ValueError, match=r"missing: layer1\.2\.conv1\.weight \(64, 64, 3, 3\)"):
+        trained_backbone(path, "resnet34")
+    with pytest.raises(ValueError, match="fit none of resnet101, .* name the one that it should be"):
+        trained_backbone(path)
+
+
+def test_keys_and_names_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pth"
+    torch.save({"net": reference.state_dict(small_method()), "optimizer": {}}, path)
+    with pytest.raises(ValueError, match=r"no tensors under 'model'; its entries with tensors are \['net', 'opti"):
+        trained_backbone(path, checkpoint_key="model")
+    with pytest.raises(ValueError, match=r"begin with 'encoder\.'; they begin with \['center', 'center_hyper', 'enc"):
+        trained_backbone(path, encoder_key="encoder")
+    with pytest.raises(ValueError, match="'resnet19'; torchvision's ResNets are resnet101, "):
+        resnet("resnet19")
+    with pytest.raises(FileNotFoundError):
+        trained_backbone(tmp_path / "nothing.pth")
