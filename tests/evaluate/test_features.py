@@ -1,0 +1,100 @@
+"""Features are extracted once, in order, whatever the number of processes, and come back from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import cgh
+from cgh.evaluate import LabelledFeatures, extract_features, load_features, save_features
+from tests.conftest import small_backbone
+from tests.distributed.processes import spawn
+
+
+def images(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count))
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    model = small_backbone()
+    model.fc = nn.Identity()
+    return model
+
+
+class Counted(Dataset[tuple[Tensor, Tensor]]):
+    """A data set that knows which of its images were read."""
+
+    def __init__(self, count: int) -> None:
+        self.data, self.read = images(count), list[int]()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.read.append(index)
+        return self.data[index]
+
+
+def test_every_image_once_in_order_by_a_model_in_evaluation_mode() -> None:
+    model, data = backbone().train(), Counted(7)
+    features, labels = extract_features(model, data, batch_size=3)
+    assert data.read == list(range(7))
+    assert torch.equal(labels, torch.arange(7))
+    assert model.training
+    with torch.no_grad():
+        torch.testing.assert_close(features, model.eval()(images(7).tensors[0]))
+
+
+def shares(counts: list[int]) -> list[tuple[Tensor, Tensor, list[int]]]:
+    sets = [Counted(count) for count in counts]
+    return [(*extract_features(backbone(), data, batch_size=2), data.read) for data in sets]
+
+
+def test_two_processes_share_the_images_and_equal_one(tmp_path: Path) -> None:
+    counts = [1, 4, 7]
+    for count, first, second in zip(counts, *spawn(shares, 2, tmp_path, counts), strict=True):
+        (features, labels, read), (empty, _, other) = first, second
+        expected = extract_features(backbone(), images(count), batch_size=4)
+        torch.testing.assert_close(features, expected.features)
+        assert torch.equal(labels, expected.labels)
+        assert empty.shape == (0, 512)
+        assert len(read) == len(other) == (count + 1) // 2
+        assert {*read, *other} == set(range(count))
+
+
+def test_mixed_precision_gives_float32() -> None:
+    exact = extract_features(backbone(), images(4)).features
+    mixed = extract_features(backbone(), images(4), autocast=torch.bfloat16).features
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.05)
+
+
+def test_files_say_what_their_features_are_of(tmp_path: Path) -> None:
+    path = tmp_path / "features" / "train.pt"
+    features = LabelledFeatures(torch.randn(3, 4), torch.tensor([0, 2, 1]))
+    about = {"weights": "run/3.pt", "classes": ["cat", "dog"]}
+    save_features(features, path, about)
+    loaded, saved = load_features(path, about)
+    assert saved == about
+    torch.testing.assert_close(loaded, features, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"of something else: weights is 'run/3.pt' there, 'run/4.pt' here\. Extract"):
+        load_features(path, about | {"weights": "run/4.pt"})
+    with pytest.raises(ValueError, match=r"size is None there, 224 here"):
+        load_features(path, about | {"size": 224})
+    cgh.checkpoint.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"holds \['model'\]; a file of features is"):
+        load_features(tmp_path / "other.pt")
+
+
+def test_nothing_to_extract_or_no_features() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        extract_features(backbone(), images(0))
+    with pytest.raises(ValueError, match=r"the model gives \(2, 3, 32, 32\)"):
+        extract_features(nn.Identity(), images(2))

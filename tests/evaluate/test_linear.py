@@ -1,0 +1,94 @@
+"""The linear protocol: only the new layer learns, and as a loop by hand would have it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgh.evaluate import Classifier, LinearProbe, accuracy, finetune_recipe, linear_recipe
+from tests.conftest import small_backbone
+
+
+def separable(count: int = 120, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % classes
+    return F.one_hot(labels, 8) + 0.1 * torch.randn(count, 8, generator=generator), labels
+
+
+def fit(probe: LinearProbe, features: Tensor, labels: Tensor, epochs: int, batch: int) -> None:
+    optimizer, schedule = linear_recipe(probe, steps=epochs * len(features) // batch)
+    for _ in range(epochs):
+        for x, y in zip(features.split(batch), labels.split(batch), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(probe(x), y).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def test_separable_features_are_separated() -> None:
+    probe = LinearProbe(nn.Identity(), width=8, classes=3)
+    features, labels = separable()
+    fit(probe, features, labels, epochs=10, batch=24)
+    assert accuracy(probe(features), labels, k=[1]) == (100.0,)
+
+
+def test_equals_momentum_and_cosine_written_out() -> None:
+    features, labels = (x.double() if x.is_floating_point() else x for x in separable())
+    probe = LinearProbe(nn.Identity(), width=8, classes=3).double()
+    weight, bias = (x.detach().clone() for x in probe.classifier.parameters())
+    fit(probe, features, labels, epochs=4, batch=24)
+
+    velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    for step in range(20):
+        x, y = features[24 * (step % 5) :][:24], labels[24 * (step % 5) :][:24]
+        error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(y, 3)) / 24
+        rate = 0.3 * (1 + math.cos(math.pi * step / 20)) / 2
+        velocity = 0.9 * velocity[0] + error.T @ x, 0.9 * velocity[1] + error.sum(dim=0)
+        weight, bias = weight - rate * velocity[0], bias - rate * velocity[1]
+    torch.testing.assert_close(probe.classifier.weight.detach(), weight)
+    torch.testing.assert_close(probe.classifier.bias.detach(), bias)
+
+
+def test_the_backbone_stays_as_it_is() -> None:
+    backbone = small_backbone()
+    backbone.fc = nn.Identity()
+    probe = LinearProbe(backbone, width=512, classes=3).train()
+    before = copy.deepcopy(backbone.state_dict())
+    fit(probe, torch.randn(8, 3, 32, 32), torch.arange(8) % 3, epochs=2, batch=4)
+    torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_new_layer_starts_small() -> None:
+    classifier = LinearProbe(nn.Identity(), width=2048, classes=100).classifier
+    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not classifier.bias.any()
+
+
+def test_fine_tuning_has_a_rate_for_the_trunk_and_one_for_the_head() -> None:
+    model = Classifier(nn.Linear(4, 6), width=6, classes=3)
+    optimizer, schedule = finetune_recipe(model, steps_per_epoch=2)
+    rates = []
+    for _ in range(2 * 70):
+        rates.append(schedule.get_last_lr())
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.eye(4)), torch.arange(4) % 3).backward()
+        optimizer.step()
+        schedule.step()
+    assert all(torch.isfinite(x).all() for x in model.parameters())
+    for epoch, factor in ((0, 1), (29, 1), (30, 0.1), (59, 0.1), (60, 0.01), (69, 0.01)):
+        for rate in rates[2 * epoch : 2 * epoch + 2]:
+            assert rate == pytest.approx([0.005 * factor, 0.02 * factor])
+
+
+def test_accuracy_counts_the_likeliest_classes() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [2.0, 1.0, 3.0]])
+    assert accuracy(logits, torch.tensor([0, 0, 0, 0]), k=[1, 2, 3, 5]) == (25.0, 75.0, 100.0, 100.0)
+    with pytest.raises(ValueError, match=r"labels run from 0 to 3; the logits are of classes 0 to 2"):
+        accuracy(logits, torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match=r"\(4, 3\) and labels \(3,\)"):
+        accuracy(logits, torch.tensor([0, 1, 2]))
