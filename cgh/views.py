@@ -1,0 +1,297 @@
+"""Views of an image, strong, weak and local: cropped on the host, coloured and blurred on the device.
+
+The paper's augmentations, split where it is fast. `Crops` cuts every view from one decoded image, in bytes, in a
+loader's workers. `Augmentation` does the rest to the whole batch, on the accelerator if there is one, each image with
+parameters of its own. Without an accelerator `Colour` does it in the workers. `BatchCrops` is for images that lie on
+the device already.
+
+`cgh` does not import this module: `from cgh import views`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import RandomResizedCrop  # type: ignore[import-untyped]
+from torchvision.transforms import v2 as T
+from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
+from typing_extensions import override
+
+from cgh.extras import require
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of red, green and blue in ImageNet, from 0 to 1."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue in ImageNet, from 0 to 1."""
+
+JITTER = (0.4, 0.4, 0.4, 0.1)
+"""The paper's strengths of brightness, contrast, saturation and hue."""
+
+RATIO = (3 / 4, 4 / 3)
+JITTER_P, GREY_P, BLUR_P = 0.8, 0.2, 0.5
+SIGMA = (0.1, 2.0)
+KERNEL = 2 * math.ceil(3 * SIGMA[1]) + 1  # three standard deviations a side, at the widest
+WEAK = 1  # where the weak view stands among the views
+
+
+class LocalCrops(TypedDict):
+    """The arguments of `Crops` that describe local views."""
+
+    local_sizes: tuple[int, ...]
+    local_scales: tuple[tuple[float, float], ...]
+
+
+MULTI_CROP: LocalCrops = {
+    "local_sizes": (192, 160, 128, 96),
+    "local_scales": ((0.172, 0.86), (0.143, 0.715), (0.114, 0.571), (0.086, 0.429)),
+}
+"""The paper's multi-crop beside a strong view of 224 pixels: `Crops(**MULTI_CROP)`."""
+
+
+class Crops:
+    """Cuts the views of one image: random resized crops with random flips, as bytes.
+
+    Draws from torch's global generator, as torchvision's transforms do.
+
+    Args:
+        size: side of the strong and the weak view in pixels.
+        scale: least and greatest area of their crops, as a share of the image's.
+        local_sizes: sides of multi-crop's further views; see `MULTI_CROP`.
+        local_scales: areas of their crops, one pair for each.
+
+    Shape:
+        uint8 `(3, H, W)` -> `(strong, weak, *local)`, uint8 `(3, size, size)` each, channels last in memory.
+
+    Raises:
+        ValueError: sides below one, scales that are no shares, or not as many scales as sides.
+
+    Example:
+        >>> import torch
+        >>> from cgh import views
+        >>> image = torch.randint(256, (3, 375, 500), dtype=torch.uint8)
+        >>> strong, weak = views.Crops(224)(image)
+        >>> strong.shape
+        torch.Size([3, 224, 224])
+        >>> [view.shape[-1] for view in views.Crops(**views.MULTI_CROP)(image)]
+        [224, 224, 192, 160, 128, 96]
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        scale: tuple[float, float] = (0.2, 1.0),
+        local_sizes: Sequence[int] = (),
+        local_scales: Sequence[tuple[float, float]] = (),
+    ) -> None:
+        if len(local_sizes) != len(local_scales):
+            raise ValueError(f"{len(local_sizes)} local_sizes and {len(local_scales)} local_scales; give one for each.")
+        self.views = [(size, scale), (size, scale), *zip(local_sizes, local_scales, strict=True)]
+        for side, (low, high) in self.views:
+            if side < 1 or not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"a view of {side} pixels from {low} to {high} of the area; "
+                    "a side is at least 1, and shares rise within (0, 1]."
+                )
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._crop(image, size, scale) for size, scale in self.views)
+
+    @staticmethod
+    def _crop(image: Tensor, size: int, scale: tuple[float, float]) -> Tensor:
+        top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(RATIO))
+        crop = image[None, :, top : top + height, left : left + width]
+        # torchvision's resized_crop, bit for bit; contiguous pixels are what makes PyTorch's fast kernel fast.
+        crop = crop.contiguous(memory_format=torch.channels_last)
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        return TF.horizontal_flip(crop) if torch.rand(()) < 0.5 else crop
+
+
+class BatchCrops:
+    """Cuts a strong and a weak view of every image of a batch at once, on the device where it lies.
+
+    For small images that fit there. Bilinear without antialiasing, which a crop that is enlarged does not need.
+
+    Args:
+        size: side of the views in pixels.
+        scale: least and greatest area of a crop, as a share of the image's.
+
+    Shape:
+        uint8 `(N, 3, H, W)` -> `(strong, weak)`, uint8 `(N, 3, size, size)` each.
+
+    Example:
+        >>> import torch
+        >>> from cgh import views
+        >>> images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        >>> strong, weak = views.BatchCrops(32)(images, seed=0)
+        >>> strong.shape, strong.dtype
+        (torch.Size([8, 3, 32, 32]), torch.uint8)
+    """
+
+    def __init__(self, size: int = 32, scale: tuple[float, float] = (0.2, 1.0)) -> None:
+        self.size, self.scale = size, scale
+
+    def __call__(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the views; `seed` alone decides them."""
+        # Not the stream of Augmentation, so that a step may use one seed for both.
+        generator = torch.Generator().manual_seed(~seed)
+        return self._crop(images, generator), self._crop(images, generator)
+
+    def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        # As torchvision: the first of ten boxes that fits, or else the whole image.
+        area = _uniform(*self.scale, n, 10, generator=generator) * height * width
+        ratio = torch.exp(_uniform(math.log(RATIO[0]), math.log(RATIO[1]), n, 10, generator=generator))
+        boxes = torch.stack([(area * ratio).sqrt() / width, (area / ratio).sqrt() / height], dim=2)
+        fits = (boxes <= 1).all(dim=2)
+        extent = boxes[torch.arange(n), fits.int().argmax(dim=1)].where(fits.any(dim=1, keepdim=True), 1.0)
+        centre = (1 - extent) * (2 * torch.rand(n, 2, generator=generator) - 1)
+        flip = torch.stack([1 - 2 * (torch.rand(n, generator=generator) < 0.5).float(), torch.ones(n)], dim=1)
+        theta = torch.cat([torch.diag_embed(extent * flip), centre[:, :, None]], dim=2).to(images.device)
+        grid = F.affine_grid(theta, [n, 3, self.size, self.size], align_corners=False)
+        crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return crops.round().clamp(0, 255).to(torch.uint8)
+
+
+class Augmentation(nn.Module):
+    """Jitters colours, greys and blurs strong and local views, then normalises all views, a whole batch at once.
+
+    The paper's: colour jitter of 0.4, 0.4, 0.4, 0.1 (brightness, contrast, saturation, hue) for 80 % of the images, in
+    an order of each image's own; grey for 20 %; Gaussian blur of 0.1 to 2 pixels for 50 %. As Pillow does it, but
+    without rounding to bytes between the steps. Needs kornia (the extra "examples").
+
+    Args:
+        mean: of the channels, from 0 to 1.
+        std: likewise.
+        colour: jitter, grey and blur; without it views are normalised only, for workers that apply `Colour`.
+        blur: blur; small images do better without.
+        jitter: strengths of brightness, contrast, saturation and hue.
+
+    Shape:
+        `[strong, weak, *local]`, uint8 `(N, 3, S, S)` each, and a seed -> a tuple of the same in float32.
+
+    Raises:
+        TypeError: views that are not uint8.
+        ValueError: views that are not `(N, 3, S, S)`.
+        ImportError: kornia is not installed.
+
+    Example:
+        >>> import torch
+        >>> from cgh import views
+        >>> augment = views.Augmentation()
+        >>> batch = torch.randint(256, (2, 8, 3, 32, 32), dtype=torch.uint8)
+        >>> strong, weak = augment([batch[0], batch[1]], seed=0)
+        >>> strong.shape, strong.dtype
+        (torch.Size([8, 3, 32, 32]), torch.float32)
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        *,
+        colour: bool = True,
+        blur: bool = True,
+        jitter: Sequence[float] = JITTER,
+    ) -> None:
+        super().__init__()
+        self.colour, self.blur, self.jitter = colour, blur, tuple(jitter)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        if colour:
+            require("kornia", "examples")
+
+    @override
+    @torch.no_grad()
+    def forward(self, views: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
+        """Return the views as the network wants them; `seed` alone decides, and no other generator is touched."""
+        generator = torch.Generator().manual_seed(seed)
+        output = []
+        for i, view in enumerate(views):
+            if view.dtype != torch.uint8:
+                raise TypeError(f"view {i} is {view.dtype}; views are uint8, as they are decoded.")
+            if view.ndim != 4 or view.shape[1] != 3:
+                raise ValueError(f"view {i} has shape {tuple(view.shape)}; views are (N, 3, S, S).")
+            x = view.float() / 255
+            if self.colour and i != WEAK:
+                x = self._distort(x, generator)
+            output.append((x - self.mean) / self.std)
+        return tuple(output)
+
+    def _distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        enhance, filters = require("kornia.enhance", "examples"), require("kornia.filters", "examples")
+        steps = [
+            enhance.adjust_brightness_accumulative,
+            enhance.adjust_contrast_with_mean_subtraction,
+            enhance.adjust_saturation_with_gray_subtraction,
+            enhance.adjust_hue,
+        ]
+
+        def chance(p: float) -> Tensor:
+            return torch.rand(len(x), generator=generator) < p
+
+        *strengths, hue = self.jitter
+        factors = [_uniform(max(0, 1 - s), 1 + s, len(x), generator=generator) for s in strengths]
+        factors.append(2 * math.pi * _uniform(-hue, hue, len(x), generator=generator))
+        jittered = chance(JITTER_P)
+        order = torch.rand(len(x), len(steps), generator=generator).argsort(dim=1)
+        for turn in order.T:
+            for i, (step, factor) in enumerate(zip(steps, factors, strict=True)):
+                _change(x, jittered & (turn == i), step, factor)
+        _change(x, chance(GREY_P), lambda part: TF.rgb_to_grayscale(part, 3))
+        if self.blur:
+            sigma = _uniform(*SIGMA, len(x), generator=generator)[:, None].expand(-1, 2)
+            _change(x, chance(BLUR_P), lambda part, sigma: filters.gaussian_blur2d(part, KERNEL, sigma), sigma)
+        return x
+
+
+class Colour:
+    """Jitters colours, greys and blurs strong and local views in a loader's workers, where there is no accelerator.
+
+    As `Augmentation` does, which then normalises only (`colour=False`), but by torchvision, image by image, in bytes.
+    Draws from torch's global generator.
+
+    Args:
+        blur: blur; small images do better without.
+        jitter: strengths of brightness, contrast, saturation and hue.
+
+    Shape:
+        `(strong, weak, *local)`, uint8 `(3, S, S)` each -> a tuple of the same.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.transforms import v2 as T
+        >>> from cgh import views
+        >>> transform = T.Compose([views.Crops(224), views.Colour()])
+        >>> strong, weak = transform(torch.randint(256, (3, 375, 500), dtype=torch.uint8))
+        >>> strong.shape, strong.dtype
+        (torch.Size([3, 224, 224]), torch.uint8)
+    """
+
+    def __init__(self, *, blur: bool = True, jitter: Sequence[float] = JITTER) -> None:
+        steps = [T.RandomApply([T.ColorJitter(*jitter)], JITTER_P), T.RandomGrayscale(GREY_P)]
+        if blur:
+            steps.append(T.RandomApply([T.GaussianBlur(KERNEL, SIGMA)], BLUR_P))
+        self.distort = T.Compose(steps)
+
+    def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(view if i == WEAK else self.distort(view) for i, view in enumerate(views))
+
+
+def _uniform(low: float, high: float, *shape: int, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def _change(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Change the chosen images of a batch in place, each by its own parameters."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows):
+        index = rows.to(x.device)
+        x[index] = change(x[index], *(parameter[rows].to(x) for parameter in parameters))
