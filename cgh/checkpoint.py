@@ -17,6 +17,9 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         state: tensors, numbers, strings and containers of them, such as `model.state_dict()`.
         path: its folder is made if missing.
 
+    Raises:
+        OSError: the file cannot be written, as on a full disk. What was there before is untouched.
+
     Example:
         >>> import tempfile, torch
         >>> from cgh import checkpoint
@@ -30,7 +33,12 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            try:
+                torch.save(dict(state), file)
+            except RuntimeError as error:  # what torch's writer makes of a write that falls short
+                raise OSError(
+                    f"{path} is not written, and what was there is untouched; is the disk full? {error}"
+                ) from error
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
