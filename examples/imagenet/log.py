@@ -36,7 +36,7 @@ class Log:
         path.touch()
         os.truncate(path, min(size, path.stat().st_size))
         self._file = path.open("a", newline="")
-        self._csv = csv.DictWriter(self._file, ["step", *figures])
+        self._csv = csv.DictWriter(self._file, ["step", *figures], lineterminator="\n")
         if not size:
             self._csv.writeheader()
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if size else 0)
@@ -126,14 +126,10 @@ class Clock:
     def count(self, images: int) -> None:
         self._images += images
 
-    def lap(self, device: torch.device) -> dict[str, float]:
-        """Return the figures since the last lap, and start another."""
+    def lap(self, device: torch.device) -> tuple[float, float, float]:
+        """Return images a second and the share of waiting since the last lap, and the memory in GiB; start another."""
         elapsed = time.perf_counter() - self._start
-        figures = {
-            "time/images_per_second": self._images / elapsed,
-            "time/waiting_for_data": self._waited / elapsed,
-            "time/memory_gib": _memory(device) / 2**30,
-        }
+        figures = self._images / elapsed, self._waited / elapsed, _memory(device) / 2**30
         self.__init__()
         return figures
 

@@ -36,9 +36,9 @@ def join(device: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"--device cuda, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPU(s) and this is process "
-            f"{local_rank} of the machine, counted from 0: check nvidia-smi and CUDA_VISIBLE_DEVICES, start as many "
-            "processes as there are GPUs, or use --device cpu."
+            f"--device cuda for process {local_rank} of this machine, counted from 0, but PyTorch {torch.__version__} "
+            f"sees {torch.cuda.device_count()} GPU(s): check nvidia-smi and CUDA_VISIBLE_DEVICES, start one process for "
+            "each GPU, or use --device cpu."
         )
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if device == "cuda":

@@ -1,0 +1,456 @@
+"""Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet.
+
+torchrun --nproc-per-node 8 examples/imagenet/pretrain.py --run runs/imagenet --root /data/imagenet
+python examples/imagenet/pretrain.py --run runs/cifar10 --dataset cifar10 --root /data/cifar10 --arch resnet18 \
+    --small-images --crop-size 32
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torchvision.transforms.v2 as T
+import tyro
+from data import Batches, DataConfig, images
+from log import Clock, Log
+from plot import draw
+from run import PRECISIONS, Run, Stop, check_same, join, write_json
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+from torch.utils.data import Dataset, Subset
+
+import cgh
+from cgh import diagnostics, views
+from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
+
+CONTEXTS = ("global", "hypercolumn")
+PAIRS = (("global", "hypercolumn"), ("hypercolumn", "global"))  # (learner, guide)
+LOSSES = ("loss/total", "loss/infonce", *(f"loss/{learner}_from_{guide}" for learner, guide in PAIRS))
+COLLAPSE = (
+    *(f"entropy/{who}_{context}" for who in ("student", "teacher") for context in CONTEXTS),
+    *(f"agreement/{learner}_from_{guide}" for learner, guide in PAIRS),
+    *(f"rank/{who}_{context}" for who in ("student", "teacher") for context in CONTEXTS),
+)
+TIME = ("time/images_per_second", "time/waiting_for_data", "time/memory_gib")
+FIGURES = ("epoch", "lr", *LOSSES, *COLLAPSE, *TIME, "knn/top1", "knn/top5")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What decides the weights; a run goes on only with what it was started with."""
+
+    data: tyro.conf.OmitArgPrefixes[DataConfig]
+    arch: str = "resnet50"
+    """torchvision's name of a ResNet."""
+    small_images: bool = False
+    """For images of about 32 pixels: a 3x3 stem of stride 1, and no max pool."""
+    crop_size: int = 224
+    """Side of both views, in pixels."""
+    multi_crop: bool = False
+    """Four more strong views of smaller sides."""
+    blur: bool = True
+    """Blur half of the strong views; small images do better without."""
+    layers: tuple[str, ...] = ("layer3", "layer4")
+    """Whose maps make the hypercolumn."""
+    dim: int = 512
+    """Width of the embeddings."""
+    hidden_dim: int = 4096
+    """Width inside the heads."""
+    memory_size: int = 131_072
+    """Rows of the memory banks."""
+    teacher_momentum: float = 0.999
+    """Of the teacher's moving average."""
+    centring: bool = False
+    """Take the mean of the teacher's similarities off them."""
+    batch_norm_splits: int = 1
+    """Groups in which one device normalises its batch, as that many devices would."""
+    epochs: int = 200
+    batch: int = 256
+    """Images in a step, over all ranks."""
+    lr: float = 0.05
+    """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
+    warmup_epochs: float = 5
+    """Until the learning rate is at its highest."""
+    infonce_epochs: float = 5
+    """Until InfoNCE has faded out."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Of all weights but biases and those of norms."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    seed: int = 0
+    """Of the initial weights, the memory, the order of the images and their augmentation."""
+
+
+@dataclass(kw_only=True)
+class Config(Recipe):
+    """Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet."""
+
+    run: Path
+    """The run's folder, for all that it writes; started again with the same options, it goes on from there."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    workers: int = 8
+    """Processes that load images, on each rank."""
+    channels_last: bool = False
+    """Lay images out as tensor cores like them."""
+    compile: bool = False
+    """Compile student and teacher."""
+    deterministic: bool = False
+    """Bit-identical weights on a GPU too, for some of its speed."""
+    checkpoint_minutes: float = 10
+    """Between checkpoints; there is also one at the end of every epoch."""
+    checkpoint_steps: int = 0
+    """Between further checkpoints; 0 for none."""
+    log_steps: int = 50
+    """Between rows of the log."""
+    collapse_rows: int = 10
+    """Rows of the log between those that also tell of collapse."""
+    knn_epochs: int = 5
+    """Between k-nearest-neighbour figures; 0 for none."""
+    knn_images: int = 50_000
+    """Images of each split, at most, that they take."""
+    knn_k: int = 20
+    profile: bool = False
+    """Write a trace of five steps, for chrome://tracing or ui.perfetto.dev."""
+
+
+class Pretraining:
+    """A run: everything that it trains, and where it stands."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = join(config.device)
+        self.rank, self.world_size = cgh.distributed.rank_and_world_size()
+        if config.batch % self.world_size:
+            raise ValueError(
+                f"--batch {config.batch} does not divide over {self.world_size} ranks; make it a multiple."
+            )
+        self.stop = Stop()
+        self.run = Run(config.run)
+        if self.rank == 0:
+            self.run.lock()
+        if dist.is_initialized():
+            dist.barrier()
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not config.deterministic
+
+        self.batches, self.augment = load_views(config, self.rank, self.world_size, self.device)
+        self.per_epoch = self.batches.steps_per_epoch
+        self.steps = config.epochs * self.per_epoch
+        warmup_steps = round(config.warmup_epochs * self.per_epoch)
+        self.rate = cgh.LearningRate(config.lr * config.batch / 256, self.steps, warmup_steps)
+        self.model = build_model(config, round(config.infonce_epochs * self.per_epoch)).to(self.device)
+        self.optimizer = build_optimizer(self.model.student, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.step = 0  # optimiser steps done
+        self.epoch = 0  # epochs done, their k-nearest-neighbour figure included
+        log_size = self.resume()
+        self.wrapped = wrap(self.model, config)
+
+        self.losses = Losses()
+        self.clock = Clock()
+        self.saved = time.monotonic()
+        self.log = None
+        if self.rank == 0:
+            write_json(self.run.folder / "config.json", effective(config))
+            self.log = Log(self.run.folder, FIGURES, self.steps, self.step, log_size)
+
+    def resume(self) -> int:
+        """Go on from the run's last checkpoint, if it has one; return the size of the log at that moment."""
+        state = self.run.load()
+        if state is None:
+            return 0
+        check_same(recipe(state["config"]), recipe(effective(self.config)), self.run)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch = state["step"], state["epoch"]
+        return int(state["log_size"])
+
+    def save(self) -> None:
+        """Write a checkpoint, unless what it would hold is broken."""
+        self.losses.check()
+        if not get_total_norm(self.model.student.parameters()).isfinite():
+            raise FloatingPointError(f"after step {self.step} the student's weights are not finite. {REMEDY}")
+        if self.log:
+            self.run.save(
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "log_size": self.log.size(),
+                    "config": effective(self.config),
+                }
+            )
+        self.saved = time.monotonic()
+
+    def train(self) -> bool:
+        """Train to the end, or until a signal asks to stop; return whether it is the end."""
+        config = self.config
+        with profiler(self.run.folder) if config.profile and self.rank == 0 else contextlib.nullcontext() as profile:
+            while self.epoch < config.epochs:
+                start = self.step - self.epoch * self.per_epoch
+                for crops, _ in self.clock.waiting(self.batches.epoch(self.epoch, start)):
+                    self.train_step(crops)
+                    if profile:
+                        profile.step()
+                    if self.stop():
+                        self.save()
+                        return False
+                    due = time.monotonic() - self.saved >= 60 * config.checkpoint_minutes
+                    if due or (config.checkpoint_steps and self.step % config.checkpoint_steps == 0):
+                        self.save()
+                if config.knn_epochs and (self.epoch + 1) % config.knn_epochs == 0:
+                    self.save()  # what follows may take longer than the notice that a scheduler gives
+                    self.write_neighbours()
+                self.epoch += 1
+                self.save()
+        return True
+
+    def train_step(self, crops: tuple[Tensor, ...]) -> None:
+        """One step of the optimiser, the teacher and the memory."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        crops = [view.to(self.device, non_blocking=True) for view in crops]
+        seed = (self.config.seed * self.steps + self.step) * self.world_size + self.rank
+        strong, weak, *local = self.augment(crops, seed)
+        dtype = PRECISIONS[self.config.precision]
+        try:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                output = self.wrapped(strong, weak, *local)
+        except ValueError as error:
+            raise ValueError(f"step {self.step + 1}: {error} {REMEDY}") from error
+        self.optimizer.zero_grad()
+        self.scaler.scale(output.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.losses.add(self.step, output)
+        self.clock.count(self.config.batch)
+        if self.step % self.config.log_steps == 0:
+            self.write_step(output)  # before the memory takes the batch in, as the losses saw it
+        self.model.update(output)
+        if self.log:
+            self.log.advance(self.step)
+
+    def write_step(self, output: cgh.CGHOutput) -> None:
+        """Log the losses of this step, and where the time went since the last row."""
+        losses = torch.tensor(self.losses.check(), device=self.device)
+        figures = {"epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        figures |= dict(zip(LOSSES, cgh.distributed.mean(losses).tolist(), strict=True))
+        if not output.weights.infonce:
+            del figures["loss/infonce"]  # it is not computed any more
+        if self.step % (self.config.log_steps * self.config.collapse_rows) == 0:
+            figures |= collapse(output, self.model.memory)
+        figures |= dict(zip(TIME, self.clock.lap(self.device), strict=True))
+        if self.log:
+            speed, waiting, memory = (figures[name] for name in TIME)
+            show = {"loss": f"{figures['loss/total']:.3f}", "images/s": f"{speed:.0f}"}
+            self.log.write(self.step, figures, show | {"waiting": f"{waiting:.0%}", "memory": f"{memory:.1f} GiB"})
+
+    def write_neighbours(self) -> None:
+        """Log how well the frozen student's features classify images of the validation set by their neighbours."""
+        config, backbone = self.config, self.model.student.extractor.backbone
+        if dist.is_initialized():
+            for buffer in backbone.buffers():  # the statistics of one rank, those that a checkpoint has
+                dist.broadcast(buffer, src=0)
+        train, test = (
+            cgh.evaluate.extract_features(
+                backbone,
+                load_images(config, split),
+                batch_size=config.batch // self.world_size,
+                workers=config.workers,
+                device=self.device,
+                autocast=PRECISIONS[config.precision],
+            )
+            for split in ("train", "val")
+        )
+        if self.log:
+            k = min(config.knn_k, len(train.features))
+            top1, top5 = cgh.evaluate.knn(*train, *test, k=k)[k]
+            figures = {"epoch": self.step / self.per_epoch, "knn/top1": top1, "knn/top5": top5}
+            self.log.write(self.step, figures, {f"{k}-NN": f"{top1:.1f} %"})
+        self.clock = Clock()
+
+    def close(self, finished: bool) -> None:
+        """Draw the curves and say how the run ended."""
+        if self.log:
+            self.log.close()
+            draw([self.run.folder], self.run.folder / "curves.png")
+            how = "finished" if finished else "stopped; start it again with the same options, and it goes on"
+            print(f"step {self.step} of {self.steps}: {how}", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+REMEDY = "The last checkpoint is from before, and good. Lower --lr, or use bf16 in place of fp16."
+
+
+class Losses:
+    """Every step's losses, kept on the device until someone looks at them, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._values: list[Tensor] = []
+
+    def add(self, step: int, output: cgh.CGHOutput) -> None:
+        terms = [output.loss, output.infonce, *(output.terms[pair] for pair in PAIRS)]
+        self._steps.append(step)
+        self._values.append(torch.stack(terms).detach())
+
+    def check(self) -> list[float]:
+        """Return those of the last step, in the order of `LOSSES`, and forget all.
+
+        Raises:
+            FloatingPointError: one is not finite, in any step since the last look.
+        """
+        rows = torch.stack(self._values).tolist() if self._values else []
+        for step, row in zip(self._steps, rows, strict=True):
+            broken = [f"{name} is {value}" for name, value in zip(LOSSES, row, strict=True) if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(f"step {step}: {', '.join(broken)}. {REMEDY}")
+        self.__init__()
+        return rows[-1] if rows else []
+
+
+def build_model(config: Config, infonce_steps: int) -> cgh.CGH:
+    """Return student, teacher and memory with their losses, the same on every rank."""
+    torch.manual_seed(config.seed)
+    backbone = cgh.interop.resnet(config.arch, config.small_images)
+    if config.batch_norm_splits > 1:
+        backbone = cgh.SplitBatchNorm2d.convert(backbone, config.batch_norm_splits)
+    model = cgh.CGH(
+        backbone,
+        config.layers,
+        dim=config.dim,
+        hidden_dim=config.hidden_dim,
+        memory_size=config.memory_size,
+        momentum=config.teacher_momentum,
+        warmup_steps=infonce_steps,
+        centring_momentum=0.9 if config.centring else None,
+        seed=config.seed,
+    )
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.SGD:
+    """Return SGD that does not shrink biases and the weights of norms."""
+    weights = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+def wrap(model: cgh.CGH, config: Config) -> nn.Module:
+    """Return what is called in a step: compiled if asked for, and with gradients averaged over ranks."""
+    if config.compile:
+        model.student.compile()
+        model.teacher.encoder.compile()
+    _, world_size = cgh.distributed.rank_and_world_size()
+    if world_size == 1:
+        return model
+    # Batch norm keeps statistics of each rank's own. Looking for unused parameters, of which there are none, keeps
+    # gradients in the buckets that they started in: sums of many ranks would else differ in bits after resuming.
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
+
+
+def load_views(config: Config, rank: int, world_size: int, device: torch.device) -> tuple[Batches, views.Augmentation]:
+    """Return the crops that this rank's workers make, and what makes views of them on the device."""
+    crops: Any = views.Crops(config.crop_size)
+    if config.multi_crop:
+        sizes = [size * config.crop_size // 224 for size in views.MULTI_CROP["local_sizes"]]
+        crops = views.Crops(config.crop_size, local_sizes=sizes, local_scales=views.MULTI_CROP["local_scales"])
+    in_workers = device.type == "cpu"
+    if in_workers:
+        crops = T.Compose([crops, views.Colour(blur=config.blur)])
+    batch = config.batch // world_size
+    batches = Batches(config.data, crops, batch, config.seed, rank, world_size, config.workers)
+    return batches, views.Augmentation(colour=not in_workers, blur=config.blur).to(device)
+
+
+def load_images(config: Config, split: str) -> Dataset[tuple[Tensor, int]]:
+    """Return images of a split as they are evaluated, evenly chosen where there are more than asked for."""
+    resize = config.crop_size if config.small_images else config.crop_size * 256 // 224
+    transform = T.Compose(
+        [
+            T.Resize(resize, antialias=True),
+            T.CenterCrop(config.crop_size),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
+        ]
+    )
+    dataset = images(config.data, split, transform)
+    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // config.knn_images)))
+
+
+@torch.no_grad()
+def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank) -> dict[str, float]:
+    """Return figures that show a collapse: of 64 images' relations, and of the embeddings of the batch of all ranks.
+
+    Entropy is in nats: 0 where an image relates to one row of the memory, the logarithm of its size where it relates to
+    all alike. Agreement is the share of images whose nearest row is the same for learner and guide. The rank is
+    RankMe's, at most the batch and the width of an embedding.
+    """
+    figures: dict[str, Tensor] = {}
+    relations = {}
+    for who, embeddings, temperatures in (
+        ("student", output.student, STUDENT_TEMPERATURE),
+        ("teacher", output.teacher, TEACHER_TEMPERATURE),
+    ):
+        for context in CONTEXTS:
+            z = embeddings[context].detach()
+            relation = cgh.RelationMatrix(temperatures[context])(z[:64], memory[context])
+            relations[who, context] = relation
+            figures[f"entropy/{who}_{context}"] = diagnostics.relation_entropy(relation)
+            figures[f"rank/{who}_{context}"] = diagnostics.effective_rank(cgh.distributed.gather(z))
+    for learner, guide in PAIRS:
+        agreement = diagnostics.top_neighbour_agreement(relations["student", learner], relations["teacher", guide])
+        figures[f"agreement/{learner}_from_{guide}"] = agreement
+    return {name: value.item() for name, value in figures.items()}
+
+
+def profiler(folder: Path) -> torch.profiler.profile:
+    """Return a profiler that writes `trace.json.gz` of five steps, once the run is warm."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=10, warmup=2, active=5, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / "trace.json.gz")),
+    )
+
+
+def effective(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain numbers, strings and lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
+
+
+def recipe(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that decides the weights; the data may have moved."""
+    data = {name: value for name, value in configuration["data"].items() if name != "root"}
+    return {field.name: configuration[field.name] for field in fields(Recipe)} | {"data": data}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    training = Pretraining(tyro.cli(Config, args=args))
+    training.close(training.train())
+
+
+if __name__ == "__main__":
+    record(main)()
