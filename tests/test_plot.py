@@ -1,0 +1,173 @@
+"""Pictures show what they were given, and refuse what they cannot show."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import unit
+
+pytest.importorskip("matplotlib")
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from cgh import plot
+
+GREY = torch.linspace(0, 1, 6 * 16).view(6, 1, 4, 4)
+
+
+def pixels(figure: Figure) -> Any:
+    """The drawn figure `(H, W, 4)`, for it must draw without error and not be blank."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    file.seek(0)
+    drawn = imread(file)
+    assert drawn.std() > 0.01
+    return drawn
+
+
+def test_curves_lay_runs_over_one_another() -> None:
+    figure = plot.curves(
+        {
+            "CGH": {"loss": ([0, 1, 2], [3.0, 2.0, 1.0]), "accuracy": ([2], [98.0])},
+            "InfoNCE": {"loss": (torch.arange(2), torch.tensor([3.0, 2.5]))},
+        }
+    )
+    pixels(figure)
+    loss, accuracy = figure.axes
+    assert [line.get_ydata().tolist() for line in loss.get_lines()] == [[3, 2, 1], [3, 2.5]]
+    assert [line.get_ydata().tolist() for line in accuracy.get_lines()] == [[98]]
+    assert loss.get_lines()[0].get_color() == accuracy.get_lines()[0].get_color() != loss.get_lines()[1].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CGH", "InfoNCE"]
+
+
+def test_curves_take_a_moving_mean() -> None:
+    steps, values = torch.arange(8), torch.tensor([0.0, 2, 4, 2, 0, 2, 4, 6])
+    raw, mean = plot.curves({"run": {"loss": (steps, values)}}, window=2).axes[0].get_lines()
+    assert raw.get_ydata().tolist() == values.tolist()
+    assert mean.get_xdata().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert mean.get_ydata().tolist() == [1, 3, 3, 1, 1, 3, 5]
+
+
+def test_neighbours_are_the_nearest_and_framed_by_their_class() -> None:
+    # By angle the query's neighbours are 0, 2, 1; all lengths differ, which must not matter.
+    theirs = torch.tensor([[9.0, 0.1], [0.1, 0.2], [3.0, 1.0]])
+    figure = plot.neighbours(
+        GREY[:1],
+        GREY[1:4],
+        {"model": (torch.tensor([[1.0, 0.0]]), theirs)},
+        ([1], [1, 0, 1]),
+        k=3,
+        classes=["cat", "dog"],
+    )
+    pixels(figure)
+    (axes,) = figure.axes
+    shown = [image.get_array()[..., 0].tolist() for image in axes.get_images()]
+    assert shown == [GREY[index, 0].tolist() for index in (0, 1, 3, 2)]
+    assert [to_hex(frame.get_edgecolor()) for frame in axes.patches] == [plot.INK, plot.RIGHT, plot.RIGHT, plot.WRONG]
+    assert [text.get_text() for text in axes.texts] == ["cat"]
+    assert axes.get_title(loc="left") == "model: 67 % right"
+
+
+def test_a_relation_matrix_is_sorted_by_class() -> None:
+    p = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+    axes, _ = plot.relation_matrix({"global": p}).axes
+    assert axes.get_images()[0].get_array().tolist() == p.tolist()
+    figure = plot.relation_matrix({"global": p, "hypercolumn": p.flip(1)}, [2, 0], [1, 0, 1], classes=["a", "b", "c"])
+    pixels(figure)
+    axes = figure.axes[0]
+    assert axes.get_images()[0].get_array().tolist() == p[[1, 0]][:, [1, 0, 2]].tolist()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "c"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    assert axes.get_xticks().tolist() == [0, 1.5]
+
+
+def test_principal_colours_follow_the_features() -> None:
+    # Places of three kinds span two components: three colours without blue, whatever the basis.
+    kinds = torch.arange(2 * 6 * 6).remainder(3).view(2, 6, 6)
+    basis = torch.linalg.qr(unit(16, 16).float()).Q[:3]
+    state = torch.get_rng_state()
+    colours = plot.principal_colours((basis * torch.tensor([[3.0], [2.0], [1.0]]))[kinds].permute(0, 3, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert colours.shape == (2, 3, 6, 6)
+    assert colours[:, 2].max() < 0.01
+    of_kind = [colours.permute(0, 2, 3, 1)[kinds == kind] for kind in range(3)]
+    means = torch.stack([c.mean(dim=0) for c in of_kind])
+    assert max((c - m).abs().max().item() for c, m in zip(of_kind, means, strict=True)) < 1e-3
+    assert torch.pdist(means).min() > 0.5
+    assert (means[:, :2].amin(dim=0) < 1e-3).all()
+    assert (means[:, :2].amax(dim=0) > 0.999).all()
+
+
+def test_hypercolumns_lie_below_their_images() -> None:
+    maps = {"shallow": torch.rand(6, 5, 4, 4), "deep": torch.rand(6, 7, 2, 2)}
+    figure = plot.hypercolumns(GREY, maps)
+    pixels(figure)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["input", "shallow", "deep"]
+    deep = figure.axes[2].get_images()
+    expected = plot.principal_colours(maps["deep"]).permute(0, 2, 3, 1)
+    assert [image.get_array().tolist() for image in deep] == expected.tolist()
+
+
+def test_an_embedding_keeps_clusters_apart() -> None:
+    pytest.importorskip("sklearn")
+    labels = torch.arange(60) % 3
+    features = torch.eye(3)[labels].repeat(1, 4) + 0.05 * unit(60, 12).float()
+    figure = plot.embedding({"model": features}, labels, classes=["a", "b", "c"])
+    pixels(figure)
+    (axes,) = figure.axes
+    clusters = [torch.as_tensor(c.get_offsets().data) for c in axes.collections]
+    assert [len(c) for c in clusters] == [20, 20, 20]
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c"]
+    within = max(torch.pdist(c).max() for c in clusters)
+    between = min(torch.cdist(clusters[i], clusters[j]).min() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert between > within
+
+
+def eight(**changes: Any) -> Figure:
+    arguments: dict[str, Any] = {
+        "queries": GREY[:2],
+        "images": GREY[2:],
+        "features": {"model": (torch.eye(2, 4), torch.eye(4))},
+        "labels": ([0, 1], [0, 1, 0, 1]),
+        "k": 2,
+    }
+    return plot.neighbours(**(arguments | changes))
+
+
+def bad(*shape: int, value: float = 0.5) -> Tensor:
+    return torch.full(shape, value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plot.curves({}), "draw one or more"),
+        (lambda: plot.curves({"run": {"loss": ([0], [1.0])}}, window=0), "window is 0"),
+        (lambda: plot.curves({"run": {"loss": ([0, 1], [1.0])}}), r"'loss' of run 'run' has steps of shape \(2,\)"),
+        (lambda: eight(queries=GREY[:2] - 1), "from -1 to -0.6"),
+        (lambda: eight(images=GREY[2:, 0]), r"images are torch.float32 of shape \(4, 4, 4\)"),
+        (lambda: eight(k=5), "k from 1 to the 4 images"),
+        (lambda: eight(labels=([0], [0, 1, 0, 1])), r"labels of the queries are torch.int64 of shape \(1,\)"),
+        (lambda: eight(labels=([0.5, 1], [0, 1, 0, 1])), "they are 2 integers from 0"),
+        (lambda: eight(features={"model": (torch.eye(3), torch.eye(4))}), r"'model' have shape \(3, 3\)"),
+        (lambda: plot.relation_matrix({}), "give one context or more"),
+        (lambda: plot.relation_matrix({"global": bad(2, 3), "deep": bad(2, 4)}), r"'deep': \(2, 4\)"),
+        (lambda: plot.relation_matrix({"global": bad(2, 3, value=2)}), "'global' holds 2 to 2"),
+        (lambda: plot.relation_matrix({"global": bad(2, 3)}, [0, 1, 2]), "labels of the rows"),
+        (lambda: plot.relation_matrix({"global": bad(1, 10_000)}), r"K from 1 to 8192"),
+        (lambda: plot.hypercolumns(GREY, {"deep": torch.rand(5, 4, 2, 2)}), "for 6 images"),
+        (lambda: plot.principal_colours(torch.rand(5, 2, 2, 2)), r"shape \(5, 2, 2, 2\)"),
+        (lambda: plot.principal_colours(bad(5, 4, 2, 2, value=float("nan"))), "not finite"),
+        (lambda: plot.embedding({"model": torch.rand(4, 3)}, [0, 1, 0, 1]), "five images or more"),
+    ],
+)
+def test_bad_input(call: Callable[[], Figure], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
