@@ -1,0 +1,346 @@
+"""Fine-tune a ResNet as torchvision's Faster R-CNN; the defaults are the paper's protocol for VOC 07+12.
+
+python examples/detection/finetune_torchvision.py --run runs/voc --checkpoint runs/imagenet/checkpoint.pt \
+    --train VOC2007:trainval VOC2012:trainval --test VOC2007:test
+torchrun --nproc-per-node 8 examples/detection/finetune_torchvision.py --run runs/coco ...
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import detectors
+import pictures
+import torch
+import torch.distributed as dist
+import torchvision.transforms.v2 as T
+import tyro
+from datasets import Annotations, Detections, read
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler, Subset
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.io import write_png
+from torchvision.models.detection import FasterRCNN
+
+import cgh
+from cgh.distributed import rank_and_world_size
+
+sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose runs are kept and logged in the same way
+from log import Log
+from run import Run, Stop, check_same, join, write_json
+
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+AVERAGES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # COCO's, and their names in torchmetrics
+
+Item = tuple[Tensor, dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What decides the weights; a run goes on only with what it was started with."""
+
+    train: tuple[str, ...]
+    """What to train on: ROOT:SPLIT in VOC layout or IMAGES:FILE.json in COCO's, several joined."""
+    classes: tuple[str, ...] | None = None
+    """Their names; by default those found in the training data."""
+    skip_bad_boxes: bool = False
+    """Leave out and count the boxes that are outside their image or have no area."""
+    checkpoint: Path | None = None
+    """A ResNet: a checkpoint of pretrain.py, one of the reference implementation, or torchvision's weights."""
+    arch: str | None = None
+    """torchvision's name of the ResNet; by default what the checkpoint says or shows, and resnet50 without one."""
+    backbone: Literal["pretrained", "frozen", "scratch"] = "pretrained"
+    """Learn on from the checkpoint, keep it as it is, or start the same ResNet from scratch."""
+    detector: Literal["c4", "fpn"] = "c4"
+    """Layer3 proposes and layer4 is the head of each box, or a feature pyramid."""
+    fpn_stages: tuple[detectors.Stage, ...] = detectors.STAGES
+    """What the pyramid stands on; without layer1 it is much faster, and blinder to small objects."""
+    fpn_channels: int = 256
+    """Of each level of the pyramid."""
+    steps: int = 24_000
+    """Of the optimiser."""
+    batch: int = 16
+    """Images in a step, over all ranks."""
+    lr: float = 0.02
+    """Learning rate for a batch of 16; it is scaled by batch / 16."""
+    warmup_steps: int = 100
+    """In which the learning rate rises from 0."""
+    decay_steps: tuple[int, ...] | None = None
+    """After which it falls to a tenth; by default 3/4 and 11/12 of all."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Of all weights."""
+    sizes: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Shorter sides in pixels, one drawn for each image; the last is used in evaluation."""
+    max_size: int = 1333
+    """Longest side in pixels."""
+    boxes_per_image: int = 512
+    """Proposals of each image that the head learns from in a step."""
+    proposals: int = 1000
+    """Of each image that the head looks at in evaluation."""
+    seed: int = 0
+    """Of the fresh weights, the order of the images and every draw."""
+
+
+@dataclass(kw_only=True)
+class Config(Recipe):
+    """Fine-tune a ResNet as torchvision's Faster R-CNN; the defaults are the paper's protocol for VOC 07+12."""
+
+    run: Path
+    """The run's folder, for all that it writes; started again with the same options, it goes on from there."""
+    test: tuple[str, ...]
+    """What to evaluate on, written as --train."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto is a GPU where there is one."""
+    workers: int = 4
+    """Processes that load images, on each rank."""
+    checkpoint_steps: int = 500
+    """Between checkpoints."""
+    log_steps: int = 20
+    """Between rows of the log."""
+    evaluate_steps: int | None = None
+    """Between evaluations; by default there is one, at the end."""
+    pictures: int = 8
+    """Images of the test set to draw at the end, with what was found over what is there."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "boxes_per_image", "checkpoint_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is 1 or more.")
+        if self.checkpoint is None and self.backbone != "scratch":
+            raise ValueError(f"--backbone {self.backbone} needs a --checkpoint; --backbone scratch needs none.")
+
+
+class Batches(Sampler[list[int]]):
+    """This rank's batches from a step on: each depends on the seed and the step alone, so a run goes on exactly."""
+
+    def __init__(self, images: int, config: Recipe, start: int) -> None:
+        self.images, self.config, self.start = images, config, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world_size = rank_and_world_size()
+        batch = self.config.batch
+        for step in range(self.start, self.config.steps):
+            yield [self._image(position) for position in range(step * batch + rank, (step + 1) * batch, world_size)]
+
+    def _image(self, position: int) -> int:
+        epoch, place = divmod(position, self.images)
+        return int(_order(self.images, self.config.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _order(images: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(images, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+
+
+def learning_rate(config: Recipe, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: a linear rise, then a fall to a tenth at each decay."""
+    decays = (config.steps * 3 // 4, config.steps * 11 // 12) if config.decay_steps is None else config.decay_steps
+    rise = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return config.lr * config.batch / 16 * rise * 0.1 ** sum(step >= decay for decay in decays)
+
+
+def build_model(config: Recipe, num_classes: int) -> FasterRCNN:
+    """Return the detector as training starts with it.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it holds no ResNet, or there are no such stages.
+    """
+    torch.manual_seed(config.seed)
+    if config.checkpoint is None:
+        backbone = cgh.interop.resnet(config.arch or "resnet50")
+    else:
+        backbone = cgh.interop.trained_backbone(config.checkpoint, config.arch)
+    resnet = detectors.prepare(backbone, config.backbone)
+    options: dict[str, Any] = {
+        "min_size": config.sizes,
+        "max_size": config.max_size,
+        "box_batch_size_per_image": config.boxes_per_image,
+        "rpn_post_nms_top_n_test": config.proposals,
+    }
+    if config.detector == "c4":
+        return detectors.c4(resnet, num_classes, **options)
+    return detectors.fpn(resnet, num_classes, config.fpn_stages, config.fpn_channels, **options)
+
+
+augment = T.Compose([T.RandomHorizontalFlip(), T.ToDtype(torch.float32, scale=True)])
+
+
+def losses_of(model: nn.Module, batch: list[Item], device: torch.device) -> dict[str, Tensor]:
+    """Return the four losses of a batch; boxes around crowds are not learned from."""
+    images, targets = [], []
+    for image, target in map(augment, batch):
+        alone = ~target["crowd"]
+        images.append(image.as_subclass(Tensor).to(device))
+        boxes = target["boxes"].as_subclass(Tensor)
+        targets.append({"boxes": boxes[alone].to(device), "labels": target["labels"][alone].to(device)})
+    losses: dict[str, Tensor] = model(images, targets)
+    return losses
+
+
+def detect(model: FasterRCNN, image: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Return the boxes `(n, 4)`, labels `(n,)` from 1 on and scores `(n,)` found in a uint8 image, on the CPU."""
+    [found] = model([image.as_subclass(Tensor).to(device).float() / 255])
+    return {name: x.cpu() for name, x in found.items()}
+
+
+@torch.no_grad()
+def evaluate(model: FasterRCNN, test: Annotations, device: torch.device, workers: int) -> dict[str, float]:
+    """Return COCO's averages in percent, over the classes and of each; crowds and difficult boxes count neither way."""
+    rank, world_size = rank_and_world_size()
+    mine = Subset(Detections(test), range(rank, len(test.records), world_size))
+    metric = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
+    model.eval()
+    for [(image, target)] in DataLoader(mine, num_workers=workers, collate_fn=list):
+        ignored = (target["crowd"] | target["difficult"]).long()
+        truth = {"boxes": target["boxes"].as_subclass(Tensor), "labels": target["labels"], "iscrowd": ignored}
+        metric.update([detect(model, image, device)], [truth])
+    model.train()
+    result = metric.to(device).compute()  # gathered from all ranks
+    averages = {name: 100 * float(result[key]) for name, key in AVERAGES.items()}
+    labels, of_class = (result[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
+    of_class = (100 * ap if ap >= 0 else math.nan for ap in of_class)  # of a class that the test set lacks
+    return averages | {f"AP/{test.classes[label - 1]}": ap for label, ap in zip(labels, of_class, strict=True)}
+
+
+@torch.no_grad()
+def draw(model: FasterRCNN, test: Annotations, device: torch.device, folder: Path, count: int) -> None:
+    """Write pictures of the first `count` images, with what was found over what is there."""
+    folder.mkdir(exist_ok=True)
+    model.eval()
+    for record, (image, _) in zip(test.records[:count], Detections(test), strict=False):
+        found = detect(model, image, device)
+        picture = pictures.draw(
+            image.as_subclass(Tensor),
+            record.boxes,
+            record.labels,
+            found["boxes"],
+            found["labels"] - 1,
+            found["scores"],
+            test.classes,
+        )
+        write_png(picture, str(folder / f"{record.image.stem}.png"))
+
+
+def finetune(config: Config) -> dict[str, float]:
+    """Train to the end, or until a signal asks to stop, and return the last evaluation.
+
+    Raises:
+        FileNotFoundError: of what `read` and `build_model` say.
+        ValueError: likewise; no GPU where one is asked for; a batch that does not divide over the ranks; a folder that
+            holds another run; a loss that is not a number.
+    """
+    device = join(config.device)
+    rank, world_size = rank_and_world_size()
+    if config.batch % world_size:
+        raise ValueError(f"--batch {config.batch} is not divisible over {world_size} ranks; choose a multiple of it.")
+    run, stop = Run(config.run), Stop()
+    if rank == 0:
+        run.lock()
+    if dist.is_initialized():
+        dist.barrier()
+
+    train = read(config.train, config.classes, config.skip_bad_boxes)
+    test = read(config.test, train.classes, config.skip_bad_boxes)
+    model = build_model(config, len(train.classes))
+    synchronised = world_size > 1 and device.type == "cuda"
+    if synchronised:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device).train()
+    optimizer = torch.optim.SGD(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=0.0,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    effective = as_plain(config) | {"classes": train.classes, "world_size": world_size}
+    step, log_size = 0, 0
+    if (state := run.load()) is not None:
+        check_same(state["config"], {field.name: effective[field.name] for field in fields(Recipe)}, run)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, log_size = state["step"], state["log_size"]
+    wrapped = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world_size > 1 else model
+
+    log = None
+    if rank == 0:
+        norms = "synchronised over the ranks" if synchronised else "plain (synchronised ones need several GPUs)"
+        print(f"training on {train}\nevaluating on {test}\n{world_size} x {device.type}, batch norms are {norms}")
+        write_json(run.folder / "config.json", effective)
+        figures = ["lr", "loss", *LOSSES, *AVERAGES, *(f"AP/{name}" for name in train.classes)]
+        log = Log(run.folder, figures, config.steps, step, log_size)
+
+    def measure() -> dict[str, float]:
+        if world_size > 1:
+            for buffer in model.buffers():  # plain norms have statistics of their own on each rank
+                dist.broadcast(buffer, 0)
+        result = evaluate(model, test, device, config.workers)
+        if log is not None:
+            log.write(step, result, {name: f"{result[name]:.1f}" for name in AVERAGES})
+        return result
+
+    batches = Batches(len(train.records), config, step)
+    for batch in DataLoader(Detections(train), batch_sampler=batches, num_workers=config.workers, collate_fn=list):
+        torch.manual_seed((config.seed << 32) + step * world_size + rank)  # flips, sizes and choices of proposals
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = losses_of(wrapped, batch, device)
+        loss = torch.stack([losses[name] for name in LOSSES]).sum()
+        if not loss.isfinite():
+            raise ValueError(
+                f"the loss of step {step} is {loss.item()}; start anew with a lower --lr than {config.lr}."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        stopped = stop()
+        if log is not None:
+            log.advance(step)
+            if step % config.log_steps == 0 or step == config.steps:
+                row = {"lr": rate, "loss": loss.item()} | {name: losses[name].item() for name in LOSSES}
+                log.write(step, row, {"loss": f"{row['loss']:.3f}"})
+        if config.evaluate_steps and step % config.evaluate_steps == 0 and step < config.steps:
+            measure()
+        if log is not None and (step % config.checkpoint_steps == 0 or step == config.steps or stopped):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save(state | {"step": step, "log_size": log.size(), "config": effective})
+        if stopped:
+            break
+    result = {}
+    if step == config.steps:
+        result = measure()
+        if rank == 0:
+            draw(model, test, device, run.folder / "pictures", config.pictures)
+    if log is not None:
+        log.close()
+    return result
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """Return the configuration as JSON knows it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return plain
+
+
+def main() -> None:
+    """Run what the command line says."""
+    try:
+        finetune(tyro.cli(Config))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
