@@ -1,0 +1,484 @@
+"""Does learning across the contexts beat learning within one? CIFAR, equal budgets, methods that differ in that alone.
+
+pip install "cgh-ssl[examples]"
+python examples/study/study.py search --root CIFAR --epochs 20            # settings, by held-out training images
+python examples/study/study.py run --root CIFAR --searched runs/study/search
+python examples/study/study.py table                                      # table.md, results.csv, curves.png
+
+`run` trains every method with every seed, evaluates it and goes on where it was stopped: `--minutes 8` fits it into
+stretches of ten minutes. On a GPU it computes in bfloat16, compiled; on a CPU choose a small `--width` and `--size`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from images import Images, load
+from methods import METHODS, Learner, Method, Settings
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from torch import Tensor, nn
+
+import cgh
+from cgh import checkpoint, plot, views
+
+BASELINES = {"pixels": "pixels", "untrained": "untrained network"}
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's training images
+NEIGHBOURS = (20, 200)
+HELD_OUT = 10  # one training image of so many is what a search judges by, and never trains on
+PROBE_EPOCHS = 100
+console = Console()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods have in common."""
+
+    root: Path
+    """Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or torchvision's CIFAR-10 or CIFAR-100."""
+    out: Path = Path("runs/study")
+    """Folder for results; a run that was stopped goes on from there."""
+    epochs: int = 200
+    batch: int = 256
+    images: int | None = None
+    """Training images, drawn once for all runs; all by default."""
+    size: int = 32
+    """Side in pixels; the images are scaled down to it once."""
+    width: int = 64
+    """Channels of ResNet-18's first stage."""
+    dim: int = 128
+    """Of the embeddings."""
+    hidden: int = 512
+    """Inside the heads."""
+    weight_decay: float = 5e-4
+    learning_rate_warmup: float = 0.025
+    """Share of the steps."""
+    crop: tuple[float, float] = (0.2, 1.0)
+    """Least and greatest share of the area, in both views."""
+    every: int = 10
+    """Epochs from one evaluation to the next."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = torch.cuda.is_available()
+    minutes: float = float("inf")
+    """Stop after the first epoch that ends later than this; the next call goes on."""
+
+
+@dataclass(frozen=True)
+class Run(Budget):
+    """Train and evaluate."""
+
+    methods: tuple[str, ...] = (*METHODS, *BASELINES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: Settings = field(default_factory=Settings)
+    searched: Path | None = None
+    """Folder of a search; a method that it chose settings for takes them."""
+
+
+@dataclass(frozen=True)
+class Search(Budget):
+    """Choose settings on held-out training images, one after another, for each method by itself."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    settings: Settings = field(default_factory=Settings)
+    """Where the search starts."""
+    learning_rate: tuple[float, ...] = (0.03, 0.06, 0.12)
+    temperature: tuple[tuple[float, float, float, float], ...] = (
+        (0.10, 0.08, 0.04, 0.08),
+        (0.10, 0.08, 0.04, 0.04),
+        (0.10, 0.10, 0.04, 0.04),
+        (0.10, 0.10, 0.05, 0.05),
+        (0.20, 0.20, 0.05, 0.05),
+    )
+    """Student global, student hypercolumn, teacher global, teacher hypercolumn."""
+    infonce_temperature: tuple[float, ...] = (0.1, 0.2)
+    momentum: tuple[float, ...] = (0.99, 0.996)
+    memory_size: tuple[int, ...] = (4096, 16384)
+    warmup: tuple[float, ...] = (0.025, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Gather what the runs wrote."""
+
+    out: Path = Path("runs/study")
+
+
+class OutOfTimeError(Exception):
+    """The minutes are over; all is saved."""
+
+
+def main(command: Run | Search | Table) -> None:
+    """Do what the command line says."""
+    try:
+        if isinstance(command, Run):
+            run(command)
+        elif isinstance(command, Search):
+            search(command)
+        else:
+            table(command.out)
+    except OutOfTimeError:
+        console.print("Stopped at a checkpoint; the same command goes on from there.")
+
+
+def run(config: Run) -> None:
+    """Train and evaluate every method with every seed; what is done already is left as it is."""
+    _check_methods(config.methods, [*METHODS, *BASELINES])
+    train, test = (load(config.root, split, config.size, config.out / "images") for split in ("train", "test"))
+    train = train.take(_order(train)[: config.images])
+    settings = dict.fromkeys(config.methods, config.settings)
+    if config.searched:
+        chosen = {path.stem: json.loads(path.read_text()) for path in config.searched.glob("*.json")}
+        settings |= {name: Settings(**chosen[name]) for name in config.methods if name in chosen}
+    study = Study(config, train, test)
+    for seed in config.seeds:
+        for name in config.methods:
+            study.result(name, settings[name], seed, config.out / "runs" / f"{name}-{seed}")
+    table(config.out)
+
+
+def search(config: Search) -> None:
+    """Choose settings for every method by 20 neighbours among training images that the trials do not train on.
+
+    One setting after another, each beside the best of those before. The test images are never opened.
+    """
+    _check_methods(config.methods, METHODS)
+    images = load(config.root, "train", config.size, config.out / "images")
+    study = Study(config, *hold_out(images, config.images))
+    for name in config.methods:
+        rows = []
+        tried: dict[Settings, float] = {}
+        best = config.settings
+        for changes in _candidates(config, METHODS[name]):
+            for change in changes:
+                settings = replace(best, **change)
+                if settings not in tried:
+                    folder = config.out / "search" / f"{name}-{len(tried):02d}"
+                    tried[settings] = study.result(name, settings, 0, folder, linear=False)["20 neighbours"]
+                    rows.append({"method": name, **asdict(settings), "20 neighbours": tried[settings]})
+            best = max(tried, key=tried.__getitem__)
+        write(config.out / "search" / f"{name}.json", json.dumps(asdict(best), indent=2))
+        write(config.out / "search" / f"{name}.csv", to_csv(rows))
+
+
+def hold_out(images: Images, count: int | None) -> tuple[Images, Images]:
+    """Return the first `count` images that a run would train on, and others that none of a search trains on."""
+    train, held_out = _order(images).split(
+        [len(images.labels) - len(images.labels) // HELD_OUT, len(images.labels) // HELD_OUT]
+    )
+    return images.take(train[:count]), images.take(held_out)
+
+
+class Study:
+    """Trains and evaluates, on one set of images and to one budget, until the time is over.
+
+    Args:
+        budget: what all runs have in common.
+        train: images to learn from, and neighbours to vote.
+        test: images to judge by.
+    """
+
+    def __init__(self, budget: Budget, train: Images, test: Images) -> None:
+        self.budget, self.device = budget, torch.device(budget.device)
+        self.train, self.test = train.to(self.device), test.to(self.device)
+        if len(train.labels) < budget.batch:
+            raise ValueError(f"{len(train.labels)} images do not fill a batch of {budget.batch}; lower --batch.")
+        self.steps_per_epoch = len(train.labels) // budget.batch
+        self.crops = views.BatchCrops(budget.size, budget.crop)
+        self.augment = views.Augmentation(MEAN, STD, blur=False).to(self.device)
+        self.normalise = views.Augmentation(MEAN, STD, colour=False).to(self.device)
+        self.deadline = time.monotonic() + 60 * budget.minutes
+        torch.backends.cudnn.deterministic = True
+
+    def result(self, name: str, settings: Settings, seed: int, folder: Path, linear: bool = True) -> dict[str, Any]:
+        """Return a run's figures: those it wrote, or else of what is left of its training.
+
+        Raises:
+            ValueError: the folder holds a run of another configuration.
+            OutOfTimeError: the time is over, and the run is not.
+        """
+        common = {f.name: getattr(self.budget, f.name) for f in fields(Budget) if f.name not in ("out", "minutes")}
+        config = {"method": name, "seed": seed, **asdict(settings), **common}
+        _check_config(folder, json.loads(json.dumps(config, default=str)))
+        path = folder / "result.json"
+        if not path.exists():
+            result: dict[str, Any] = {"method": name, "seed": seed}
+            if name == "pixels":
+                features = [images.pixels.flatten(1).float() for images in (self.train, self.test)]
+            else:
+                learner, log = self._trained(name, settings, seed, folder)
+                features = self._features(learner)
+                if log:
+                    result |= _summary(log)
+            result |= self._neighbours(*features)
+            if linear:
+                result["linear"] = self._linear(*features)
+            write(path, json.dumps(result, indent=2))
+            console.print(json.dumps(result))
+        return dict(json.loads(path.read_text()))
+
+    def _trained(self, name: str, settings: Settings, seed: int, folder: Path) -> tuple[Learner, list[dict[str, Any]]]:
+        """The learner at the end of its training, and the log of its epochs."""
+        budget = self.budget
+        epochs = 0 if name == "untrained" else budget.epochs
+        method = METHODS.get(name, METHODS["infonce-global"])
+        steps = epochs * self.steps_per_epoch
+        torch.manual_seed(seed)
+        learner = Learner(method, settings, steps, budget.size, budget.width, budget.dim, budget.hidden, seed)
+        learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = learner.optimizer(budget.weight_decay)
+        peak = settings.learning_rate * budget.batch / 256
+        rate = cgh.LearningRate(peak, steps, round(budget.learning_rate_warmup * steps))
+        log: list[dict[str, Any]] = []
+        saved = folder / "checkpoint.pt"
+        if saved.exists():
+            state = checkpoint.load(saved, self.device)
+            learner.load_state_dict(state["learner"])
+            optimizer.load_state_dict(state["optimizer"])
+            log = state["log"]
+        if budget.compile:
+            torch.compiler.reset()  # each learner is compiled anew
+            learner.student.compile()
+            learner.teacher.encoder.compile()
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task(f"{name}-{seed}", total=epochs, completed=len(log), note="")
+            while len(log) < epochs:
+                start = time.monotonic()
+                loss = self._epoch(learner, optimizer, rate, seed, len(log))
+                seconds = time.monotonic() - start
+                images = self.steps_per_epoch * budget.batch
+                row: dict[str, Any] = {"epoch": len(log) + 1, "loss": loss, "images/s": images / seconds}
+                if row["epoch"] % budget.every == 0 or row["epoch"] == epochs:
+                    row |= self._neighbours(*self._features(learner))
+                row["minutes"] = (time.monotonic() - start) / 60
+                row["peak memory, MiB"] = _peak_memory(self.device)
+                log.append(row)
+                state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+                checkpoint.save(state, saved)
+                write(folder / "log.csv", to_csv(log))
+                note = f"loss {loss:.3f}, {row['images/s']:.0f} images/s"
+                progress.update(bar, advance=1, note=note)
+                if time.monotonic() > self.deadline:
+                    raise OutOfTimeError
+        return learner, log
+
+    def _epoch(
+        self, learner: Learner, optimizer: torch.optim.Optimizer, rate: cgh.LearningRate, seed: int, epoch: int
+    ) -> float:
+        """Train for an epoch, of which the seed and its number decide all draws; return the mean loss."""
+        batch, count = self.budget.batch, len(self.train.labels)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed << 40) + (epoch << 20) - 1))
+        order = order.to(self.device)
+        total = torch.zeros((), device=self.device)
+        for i, index in enumerate(order.split(batch)[: self.steps_per_epoch]):
+            step = epoch * self.steps_per_epoch + i
+            draw = (seed << 40) + step
+            strong, weak = self.augment(self.crops(self.train.pixels[index], seed=draw), seed=draw)
+            strong, weak = (view.contiguous(memory_format=torch.channels_last) for view in (strong, weak))
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            with self._autocast():
+                loss, teacher = learner(strong, weak, step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            learner.update(teacher)
+            total += loss.detach()
+        return total.item() / self.steps_per_epoch
+
+    @torch.no_grad()
+    def _features(self, learner: Learner) -> list[Tensor]:
+        """The student's pooled features `(N, W)` of the training and the test images, in evaluation mode."""
+        extractor = learner.student.extractor.eval()
+        features = []
+        for images in (self.train, self.test):
+            with self._autocast():
+                parts = [extractor.pooled(*self.normalise([part], seed=0)) for part in images.pixels.split(512)]
+            features.append(torch.cat(parts).float())
+        learner.student.train()
+        return features
+
+    def _neighbours(self, train: Tensor, test: Tensor) -> dict[str, float]:
+        accuracy = cgh.evaluate.knn(train, self.train.labels, test, self.test.labels, k=NEIGHBOURS)
+        return {f"{k} neighbours": top1 for k, (top1, _) in accuracy.items()}
+
+    def _linear(self, train: Tensor, test: Tensor) -> float:
+        """Accuracy of a linear layer on features that are scaled to mean 0 and deviation 1, without augmentation."""
+        deviation, mean = torch.std_mean(train, dim=0)
+        train, test = ((x - mean) / deviation.clamp(min=1e-6) for x in (train, test))
+        batches = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            probe = cgh.evaluate.LinearProbe(nn.Identity(), train.shape[1], int(self.train.labels.max()) + 1)
+        probe.to(self.device)
+        splits = range(-(-len(train) // 256))
+        optimizer, schedule = cgh.evaluate.linear_recipe(probe, PROBE_EPOCHS * len(splits), learning_rate=0.1)
+        for _ in range(PROBE_EPOCHS):
+            for index in torch.randperm(len(train), generator=batches).to(self.device).split(256):
+                loss = nn.functional.cross_entropy(probe(train[index]), self.train.labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            return cgh.evaluate.accuracy(probe(test), self.test.labels, k=[1])[0]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def table(out: Path) -> None:
+    """Write table.md, results.csv and curves.png from what the runs wrote, and print the table.
+
+    Raises:
+        FileNotFoundError: no run is done.
+    """
+    results = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/result.json"))]
+    if not results:
+        raise FileNotFoundError(f"{out / 'runs'} holds no result.json; `run` writes one when a run is done.")
+    titles = {**BASELINES, **{name: method.title for name, method in METHODS.items()}}
+    columns = ["20 neighbours", "200 neighbours", "best 200 neighbours", "linear"]
+    costs = ["images/s", "peak memory, MiB", "minutes"]
+    lines = [
+        "| " + " | ".join(["method", "seeds", *columns, *costs]) + " |",
+        "| --- " * (2 + len(columns + costs)) + "|",
+    ]
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for name, title in titles.items():
+        runs = [result for result in results if result["method"] == name]
+        if not runs:
+            continue
+        cells = [_mean_and_spread(runs, column, 1) for column in columns] + [
+            _mean_and_spread(runs, c, 0) for c in costs
+        ]
+        lines.append("| " + " | ".join([title, str(len(runs)), *cells]) + " |")
+        logs = [
+            list(csv.DictReader((out / "runs" / f"{name}-{r['seed']}" / "log.csv").open()))
+            for r in runs
+            if name in METHODS
+        ]
+        if logs:
+            curves[title] = _curves(logs)
+    write(out / "table.md", "\n".join(lines) + "\n")
+    write(out / "results.csv", to_csv(results))
+    if curves:
+        figure = plot.curves(curves)
+        for axes in figure.axes:
+            axes.set_xlabel("epoch")
+        figure.savefig(out / "curves.png", dpi=150)
+    console.print("\n".join(lines))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV; a row need not have every column."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _curves(logs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
+    """The neighbours' accuracy by epoch, the mean over seeds."""
+    curves = {}
+    for column in (f"{k} neighbours" for k in NEIGHBOURS):
+        rows = [[row for row in log if row[column]] for log in logs]
+        values = [[float(row[column]) for row in log] for log in rows]
+        curves[f"{column}, %"] = (
+            [int(row["epoch"]) for row in rows[0]],
+            [statistics.mean(v) for v in zip(*values, strict=True)],
+        )
+    return curves
+
+
+def _mean_and_spread(runs: Sequence[Mapping[str, Any]], column: str, digits: int) -> str:
+    """The mean and the standard deviation over the seeds."""
+    values = [run[column] for run in runs if column in run]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _summary(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the epochs say of a run: the best accuracy, and what it cost."""
+    return {
+        "best 200 neighbours": max(row["200 neighbours"] for row in log if "200 neighbours" in row),
+        "images/s": statistics.median(row["images/s"] for row in log),
+        "peak memory, MiB": max(row["peak memory, MiB"] for row in log),
+        "minutes": sum(row["minutes"] for row in log),
+    }
+
+
+def _candidates(config: Search, method: Method) -> list[list[dict[str, float]]]:
+    """What a search tries, a list for each setting; the first is the start."""
+    names = ("student_global", "student_hypercolumn", "teacher_global", "teacher_hypercolumn")
+    temperatures = [dict(zip(names, values, strict=True)) for values in config.temperature]
+    if method.contexts == ("global",):
+        temperatures = [{n: v for n, v in change.items() if n.endswith("global")} for change in temperatures]
+    relations = [temperatures, [{"warmup": value} for value in config.warmup]] if method.pairs else []
+    return [
+        [{}],
+        [{"learning_rate": value} for value in config.learning_rate],
+        [{"infonce_temperature": value} for value in config.infonce_temperature],
+        *relations,
+        [{"momentum": value} for value in config.momentum],
+        [{"memory_size": value} for value in config.memory_size],
+    ]
+
+
+def _order(images: Images) -> Tensor:
+    """The order in which images are drawn, the same in every run."""
+    return torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0))
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MiB: of the accelerator's memory, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _check_methods(names: Sequence[str], known: Sequence[str] | Mapping[str, Method]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no method {name!r}; there are {', '.join(known)}.")
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration, or compare it with that of the run that is there."""
+    path = folder / "config.json"
+    if not path.exists():
+        write(path, json.dumps(config, indent=2))
+    there = json.loads(path.read_text())
+    for key, value in config.items():
+        if there.get(key) != value:
+            raise ValueError(
+                f"{folder} was started with {key} {there.get(key)!r}, not {value!r}; go on with that, remove it, or "
+                "give another --out."
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run | Search | Table, description=__doc__))

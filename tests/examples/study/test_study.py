@@ -1,0 +1,226 @@
+"""The study's methods are what they say, it goes on as if never stopped, and its search sees no test image."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+import cgh
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "study"
+CLASSES, EACH, SIZE = 4, 60, 8
+
+pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for module in ("kornia", "matplotlib", "rich", "tyro"):
+        pytest.importorskip(module)
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def methods(study: ModuleType) -> ModuleType:
+    return importlib.import_module("methods")
+
+
+def make_images(root: Path, *splits: str) -> Path:
+    """Write stripes of a slope for each class, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    for split in splits:
+        for label in range(CLASSES):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(EACH):
+                stripes = 128 + 90 * torch.sin((rows + label * columns) * 1.0)
+                noisy = stripes + 20 * torch.randn(3, SIZE, SIZE, generator=generator)
+                to_pil_image(noisy.clamp(0, 255).to(torch.uint8)).save(folder / f"{i:04d}.jpg", quality=95)
+    return root
+
+
+def options(study: ModuleType, root: Path, out: Path, **changes: object) -> dict[str, object]:
+    small = {"epochs": 3, "batch": 48, "size": SIZE, "width": 4, "dim": 8, "hidden": 16, "every": 2, "device": "cpu"}
+    return {"root": root, "out": out, **small, "settings": study.Settings(memory_size=96, warmup=0.3), **changes}
+
+
+def learner(methods: ModuleType, name: str, warmup: float = 0.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    settings = methods.Settings(memory_size=32, warmup=warmup)
+    return methods.Learner(methods.METHODS[name], settings, steps=10, size=16, width=4, dim=8, hidden=16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("infonce-global", []),
+        ("infonce", []),
+        ("ressl", [("global", "global")]),
+        ("within", [("global", "global"), ("hypercolumn", "hypercolumn")]),
+        ("across", [("global", "hypercolumn"), ("hypercolumn", "global")]),
+        (
+            "three",
+            [
+                ("global", "shallow"),
+                ("global", "deep"),
+                ("shallow", "global"),
+                ("shallow", "deep"),
+                ("deep", "global"),
+                ("deep", "shallow"),
+            ],
+        ),
+    ],
+)
+def test_a_method_is_its_pairs_and_nothing_else(methods: ModuleType, name: str, pairs: list[tuple[str, str]]) -> None:
+    model = learner(methods, name)
+    strong, weak = torch.randn(2, 8, 3, 16, 16)
+    loss, _ = model(strong, weak, step=0)
+    model = learner(methods, name)  # batch norms as at the first call
+    z, t = model.student(strong), model.teacher(weak)
+    contexts = model.memory.dims
+    if not pairs:
+        expected = sum(cgh.InfoNCELoss()({c: z[c]}, {c: t[c]}, {c: model.memory[c]}) for c in contexts)
+    else:
+        student, teacher = (
+            {"global": g} | dict.fromkeys(set(contexts) - {"global"}, h) for g, h in ((0.1, 0.08), (0.04, 0.08))
+        )
+        terms = [cgh.CrossContextLoss(student, teacher, [pair])(z, t, model.memory) for pair in pairs]
+        expected = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_all_methods_start_from_the_same_weights(methods: ModuleType) -> None:
+    first = learner(methods, "infonce-global").student.state_dict()
+    for name in ("infonce", "ressl", "within", "across"):
+        for key, value in learner(methods, name).student.state_dict().items():
+            assert torch.equal(value, first[key]), (name, key)
+
+
+def test_infonce_fades_into_the_relations(methods: ModuleType) -> None:
+    strong, weak = torch.randn(2, 8, 3, 16, 16)
+    at_start, _ = learner(methods, "across", warmup=1.0)(strong, weak, step=0)
+    infonce, _ = learner(methods, "infonce")(strong, weak, step=0)
+    relations, _ = learner(methods, "across")(strong, weak, step=0)
+    half, _ = learner(methods, "across", warmup=1.0)(strong, weak, step=5)
+    torch.testing.assert_close(at_start, infonce)
+    torch.testing.assert_close(half, (infonce + relations) / 2)
+
+
+def test_the_network_is_torchvisions_with_another_stem(methods: ModuleType) -> None:
+    ours, theirs = methods.resnet18().eval(), torchvision.models.resnet18().eval()
+    theirs.conv1, theirs.maxpool, theirs.fc = ours.conv1, torch.nn.Identity(), torch.nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    momenta = {f"momentum {key}": value["momentum_buffer"] for key, value in saved["optimizer"]["state"].items()}
+    return saved["learner"] | momenta | {"losses": torch.tensor([row["loss"] for row in saved["log"]])}
+
+
+def test_stopping_and_going_on_gives_the_bits_of_never_stopping(study: ModuleType, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "images", "train", "test")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    study.main(study.Run(**options(study, root, whole, methods=("across",), seeds=(3,))))
+    for done in (1, 2, 3):
+        study.main(study.Run(**options(study, root, parts, methods=("across",), seeds=(3,), minutes=0.0)))
+        assert len(state(parts / "runs/across-3")["losses"]) == done
+    study.main(study.Run(**options(study, root, parts, methods=("across",), seeds=(3,), minutes=0.0)))
+
+    first, second = state(whole / "runs/across-3"), state(parts / "runs/across-3")
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    results = [json.loads((out / "runs/across-3/result.json").read_text()) for out in (whole, parts)]
+    for column in ("20 neighbours", "200 neighbours", "best 200 neighbours", "linear"):
+        assert results[0][column] == results[1][column]
+    # Three epochs with an evaluation after the second, and after the last.
+    assert [bool(row["20 neighbours"]) for row in study.csv.DictReader((whole / "runs/across-3/log.csv").open())] == [
+        False,
+        True,
+        True,
+    ]
+    assert "relations across (CGH)" in (whole / "table.md").read_text()
+    assert (whole / "curves.png").stat().st_size > 10_000
+
+    with pytest.raises(ValueError, match="batch 48, not 40"):
+        study.main(study.Run(**options(study, root, parts, methods=("across",), seeds=(3,), batch=40)))
+
+
+def test_a_search_needs_no_test_images(study: ModuleType, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "images", "train")
+    search = study.Search(
+        **options(study, root, tmp_path / "out", methods=("ressl",), epochs=1),
+        learning_rate=(0.06, 0.12),
+        temperature=((0.1, 0.1, 0.04, 0.04), (0.1, 0.3, 0.04, 0.3)),  # the same, where there is one context
+        infonce_temperature=(0.2,),
+        momentum=(0.99,),
+        memory_size=(96,),
+        warmup=(0.3, 0.6),
+    )
+    study.main(search)
+    trials = list(study.csv.DictReader((tmp_path / "out/search/ressl.csv").open()))
+    tried = [(float(t["learning_rate"]), float(t["teacher_global"]), float(t["warmup"])) for t in trials]
+    rate = max(trials[:2], key=lambda trial: float(trial["20 neighbours"]))["learning_rate"]
+    assert tried[:2] == [(0.06, 0.04, 0.3), (0.12, 0.04, 0.3)]
+    assert tried[2:] == [(float(rate), 0.04, 0.6)]
+    best = max(trials, key=lambda trial: float(trial["20 neighbours"]))
+    chosen = json.loads((tmp_path / "out/search/ressl.json").read_text())
+    assert (chosen["learning_rate"], chosen["warmup"]) == (float(best["learning_rate"]), float(best["warmup"]))
+
+
+def test_held_out_images_are_not_trained_on(study: ModuleType) -> None:
+    images = study.Images(torch.arange(100), torch.zeros(100, dtype=torch.long))
+    train, held_out = study.hold_out(images, 60)
+    assert (len(train.pixels), len(held_out.pixels)) == (60, 10)
+    assert not set(train.pixels.tolist()) & set(held_out.pixels.tolist())
+    everything, _ = study.hold_out(images, None)
+    assert len(everything.pixels) == 90
+
+
+def test_the_table_is_the_mean_and_the_spread_of_the_seeds(study: ModuleType, tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((40.0, 41.0, 43.5)):
+        study.write(
+            tmp_path / f"runs/untrained-{seed}/result.json",
+            json.dumps({"method": "untrained", "seed": seed, "20 neighbours": accuracy}),
+        )
+    study.main(study.Table(tmp_path))
+    assert "| untrained network | 3 | 41.5 ± 1.8 |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "results.csv").read_text().splitlines()[1:] == [
+        "untrained,0,40.0",
+        "untrained,1,41.0",
+        "untrained,2,43.5",
+    ]
+
+
+def test_images_are_decoded_once_and_scaled_by_area(study: ModuleType, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "images", "train")
+    full = study.load(root, "train", SIZE, tmp_path / "cache")
+    assert full.pixels.shape == (CLASSES * EACH, 3, SIZE, SIZE)
+    assert full.labels.tolist() == [label for label in range(CLASSES) for _ in range(EACH)]
+    file = root / "train/class2/0007.jpg"
+    assert torch.equal(full.pixels[2 * EACH + 7], pil_to_tensor(Image.open(file)))
+    file.unlink()
+    half = study.load(root, "train", SIZE // 2, tmp_path / "cache")
+    means = full.pixels.float().unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+    assert torch.equal(half.pixels, means.round().to(torch.uint8))
+    with pytest.raises(FileNotFoundError, match="no folder 'test'"):
+        study.load(root, "test", SIZE, tmp_path / "cache")
+
+
+def test_an_unknown_method_is_named(study: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no method 'moco'; there are infonce-global"):
+        study.main(study.Run(root=tmp_path, methods=("moco",)))
