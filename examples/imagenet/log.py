@@ -108,6 +108,10 @@ class Clock:
     """Where the time goes: images a second, the share of it spent waiting for data, and the memory in use."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was before, such as an evaluation."""
         self._start = time.perf_counter()
         self._waited = 0.0
         self._images = 0
@@ -130,7 +134,7 @@ class Clock:
         """Return images a second and the share of waiting since the last lap, and the memory in GiB; start another."""
         elapsed = time.perf_counter() - self._start
         figures = self._images / elapsed, self._waited / elapsed, _memory(device) / 2**30
-        self.__init__()
+        self.restart()
         return figures
 
 

@@ -160,6 +160,7 @@ class Pretraining:
         log_size = self.resume()
         self.wrapped = wrap(self.model, config)
 
+        self.neighbours = [load_images(config, split) for split in ("train", "val")] if config.knn_epochs else []
         self.losses = Losses()
         self.clock = Clock()
         self.saved = time.monotonic()
@@ -226,9 +227,8 @@ class Pretraining:
         """One step of the optimiser, the teacher and the memory."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
-        crops = [view.to(self.device, non_blocking=True) for view in crops]
         seed = (self.config.seed * self.steps + self.step) * self.world_size + self.rank
-        strong, weak, *local = self.augment(crops, seed)
+        strong, weak, *local = self.augment([view.to(self.device, non_blocking=True) for view in crops], seed)
         dtype = PRECISIONS[self.config.precision]
         try:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -272,20 +272,20 @@ class Pretraining:
         train, test = (
             cgh.evaluate.extract_features(
                 backbone,
-                load_images(config, split),
+                dataset,
                 batch_size=config.batch // self.world_size,
                 workers=config.workers,
                 device=self.device,
                 autocast=PRECISIONS[config.precision],
             )
-            for split in ("train", "val")
+            for dataset in self.neighbours
         )
         if self.log:
             k = min(config.knn_k, len(train.features))
             top1, top5 = cgh.evaluate.knn(*train, *test, k=k)[k]
             figures = {"epoch": self.step / self.per_epoch, "knn/top1": top1, "knn/top5": top5}
             self.log.write(self.step, figures, {f"{k}-NN": f"{top1:.1f} %"})
-        self.clock = Clock()
+        self.clock.restart()
 
     def close(self, finished: bool) -> None:
         """Draw the curves and say how the run ended."""
@@ -305,27 +305,26 @@ class Losses:
     """Every step's losses, kept on the device until someone looks at them, so that no step waits for the device."""
 
     def __init__(self) -> None:
-        self._steps: list[int] = []
-        self._values: list[Tensor] = []
+        self._kept: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, output: cgh.CGHOutput) -> None:
         terms = [output.loss, output.infonce, *(output.terms[pair] for pair in PAIRS)]
-        self._steps.append(step)
-        self._values.append(torch.stack(terms).detach())
+        self._kept.append((step, torch.stack(terms).detach()))
 
     def check(self) -> list[float]:
-        """Return those of the last step, in the order of `LOSSES`, and forget all.
+        """Return those of the last step, in the order of `LOSSES`, and forget the others.
 
         Raises:
             FloatingPointError: one is not finite, in any step since the last look.
         """
-        rows = torch.stack(self._values).tolist() if self._values else []
-        for step, row in zip(self._steps, rows, strict=True):
-            broken = [f"{name} is {value}" for name, value in zip(LOSSES, row, strict=True) if not math.isfinite(value)]
+        losses: list[float] = []
+        for step, values in self._kept:
+            losses = values.tolist()
+            broken = [f"{name} is {x}" for name, x in zip(LOSSES, losses, strict=True) if not math.isfinite(x)]
             if broken:
                 raise FloatingPointError(f"step {step}: {', '.join(broken)}. {REMEDY}")
-        self.__init__()
-        return rows[-1] if rows else []
+        self._kept = self._kept[-1:]
+        return losses
 
 
 def build_model(config: Config, infonce_steps: int) -> cgh.CGH:
@@ -385,7 +384,7 @@ def load_views(config: Config, rank: int, world_size: int, device: torch.device)
     return batches, views.Augmentation(colour=not in_workers, blur=config.blur).to(device)
 
 
-def load_images(config: Config, split: str) -> Dataset[tuple[Tensor, int]]:
+def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple[Tensor, int]]:
     """Return images of a split as they are evaluated, evenly chosen where there are more than asked for."""
     resize = config.crop_size if config.small_images else config.crop_size * 256 // 224
     transform = T.Compose(

@@ -37,7 +37,7 @@ def join(device: str) -> torch.device:
     if device == "cuda" and local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"--device cuda for process {local_rank} of this machine, counted from 0, but PyTorch {torch.__version__} "
-            f"sees {torch.cuda.device_count()} GPU(s): check nvidia-smi and CUDA_VISIBLE_DEVICES, start one process for "
+            f"sees {torch.cuda.device_count()} GPU(s): check nvidia-smi and CUDA_VISIBLE_DEVICES, start a process for "
             "each GPU, or use --device cpu."
         )
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
@@ -157,7 +157,9 @@ class Stop:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]  # every rank is a member
         self._answer = torch.zeros(1)
         self._work: dist.Work | None = None
 
