@@ -8,6 +8,7 @@ of workers.
 from __future__ import annotations
 
 import re
+import signal
 import tarfile
 import warnings
 from collections import defaultdict
@@ -118,6 +119,7 @@ class Batches:
             batch_sampler=self._steps,
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or else it would draw from the global one
@@ -160,6 +162,12 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_mix(self.seed, epoch, index))
             return self.crops(image), label, bad
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Outlive what a scheduler or `torchrun` sends to all processes: the run saves first, and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _mix(*numbers: int) -> int:
