@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torchvision.models import ResNet  # type: ignore[import-untyped]
 
 from cgh.hypercolumn import remove_classifier
 from cgh.interop.backbone import read
@@ -20,7 +21,7 @@ CHECKPOINT_KEYS = ("model", "net", "state_dict")
 ENCODER_KEYS = ("student.extractor.backbone", "extractor.backbone", "backbone", "encoder_q")
 
 
-def resnet(arch: str = "resnet50", small_images: bool = False) -> nn.Module:
+def resnet(arch: str = "resnet50", small_images: bool = False) -> ResNet:
     """Return a fresh ResNet of torchvision without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
 
     Args:
@@ -37,7 +38,7 @@ def resnet(arch: str = "resnet50", small_images: bool = False) -> nn.Module:
     """
     if arch not in _names():
         raise ValueError(f"arch is {arch!r}; torchvision's ResNets are {', '.join(_names())}.")
-    model: nn.Module = torchvision.models.get_model(arch)
+    model = torchvision.models.get_model(arch)
     remove_classifier(model)
     if small_images:
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -52,7 +53,7 @@ def trained_backbone(
     small_images: bool | None = None,
     checkpoint_key: str | None = None,
     encoder_key: str | None = None,
-) -> nn.Module:
+) -> ResNet:
     """Return the trained ResNet of a file, without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
 
     The file is a checkpoint of `examples/imagenet/pretrain.py` (whose student's backbone is taken), one of the
