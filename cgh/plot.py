@@ -1,11 +1,13 @@
-"""Pictures of a run and of what it learned, each a matplotlib `Figure`: save one with `figure.savefig("curves.png")`.
+"""Pictures of a run and of what it learned, each a matplotlib `Figure`.
 
 pip install "cgh-ssl[plot]". No window is opened and no global state of matplotlib is touched.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +100,8 @@ def neighbours(
 ) -> Figure:
     """Return query images with their nearest neighbours by cosine similarity, the nearest first; a panel a model.
 
-    A neighbour of the query's class has a green frame; one of another has a red frame and its class written below.
+    The query's class is written below it. A neighbour of that class has a green frame, one of another a red frame and
+    its own class below.
 
     Args:
         queries: one a row, `(Q, 1 or 3, H, W)`, floating point in [0, 1] or uint8.
@@ -132,17 +135,19 @@ def neighbours(
         )
     height, width = queries.shape[-2:]
     figure, panels = _figure(1, len(features), 0.42 * width / height * (1.1 * k + 1.6), 0.42 * ROW * len(queries) + 0.3)
+    below: dict[str, Any] = {"fontsize": 7, "ha": "center", "va": "top"}
     for axes, (model, (ours, theirs)) in zip(panels, features.items(), strict=True):
         nearest = (_unit(ours, len(queries), model) @ _unit(theirs, len(images), model).T).topk(k, dim=1).indices
         right = found[nearest] == truth[:, None]
         for row, picture in enumerate(pictures):
             _draw(axes, picture, 0, row, INK)
+            axes.text(0.5, row * ROW + 1.03, _name(int(truth[row]), classes), color=INK, **below)
             for column, (index, same) in enumerate(zip(nearest[row].tolist(), right[row].tolist(), strict=True)):
                 x = 1.4 + 1.1 * column
                 _draw(axes, candidates[index], x, row, RIGHT if same else WRONG)
                 if not same:
                     name = _name(int(found[index]), classes)
-                    axes.text(x + 0.5, row * ROW + 1.03, name, color=WRONG, fontsize=7, ha="center", va="top")
+                    axes.text(x + 0.5, row * ROW + 1.03, name, color=WRONG, **below)
         axes.set(xlim=(-0.1, 1.4 + 1.1 * k), ylim=(len(queries) * ROW, -0.1), aspect=height / width)
         axes.set_axis_off()
         _title(axes, f"{model}: {100 * right.double().mean():.0f} % right")
@@ -329,6 +334,34 @@ def embedding(features: Mapping[str, Tensor], labels: Labels, classes: Sequence[
         axes.spines[:].set_visible(False)
         _title(axes, model)
     return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure whole or not at all, in the format that the path's ending names.
+
+    Args:
+        figure: what the functions here return, or any other.
+        path: its folder is made if missing.
+
+    Raises:
+        ValueError: matplotlib knows no such ending.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from cgh import plot
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run", "curves.png")
+        >>> plot.save(plot.curves({"run": {"loss": ([0, 1], [7.0, 5.0])}}), path)
+        >>> [file.name for file in path.parent.iterdir()]
+        ['curves.png']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

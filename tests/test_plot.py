@@ -71,7 +71,7 @@ def test_neighbours_are_the_nearest_and_framed_by_their_class() -> None:
     shown = [image.get_array()[..., 0].tolist() for image in axes.get_images()]
     assert shown == [GREY[index, 0].tolist() for index in (0, 1, 3, 2)]
     assert [to_hex(frame.get_edgecolor()) for frame in axes.patches] == [plot.INK, plot.RIGHT, plot.RIGHT, plot.WRONG]
-    assert [text.get_text() for text in axes.texts] == ["cat"]
+    assert [text.get_text() for text in axes.texts] == ["dog", "cat"]
     assert axes.get_title(loc="left") == "model: 67 % right"
 
 

@@ -1,0 +1,160 @@
+"""Learn handwritten digits without their labels, on the CPU, in two minutes.
+
+pip install "cgh-ssl[examples]"
+python examples/quickstart.py
+
+A small network is trained by CGH, and another by InfoNCE alone at the same cost. A table tells how well images of the
+same digit lie together in what they learned; a checkpoint and pictures go to runs/quickstart.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kornia.augmentation as K
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import cgh
+from cgh import plot
+
+TRAIN, BATCH = 1400, 128  # the other 397 images are for testing
+STEPS = TRAIN // BATCH  # an epoch
+
+strong_view = nn.Sequential(
+    K.RandomAffine(degrees=20, translate=(0.08, 0.08), scale=(0.8, 1.25), shear=(-15, 15, -15, 15), p=1.0),
+    K.RandomElasticTransform(kernel_size=(17, 17), sigma=(4.0, 4.0), alpha=(1.5, 1.5), p=1.0),
+    K.RandomGamma((0.6, 1.6), p=1.0),
+)
+weak_view = K.RandomAffine(degrees=6, translate=(0.03, 0.03), scale=(0.9, 1.1), shear=(-3, 3, -3, 3), p=1.0)
+
+
+@dataclass
+class Config:
+    """Learn handwritten digits without their labels."""
+
+    epochs: int = 100
+    """Passes over the training images, for each method."""
+    seed: int = 0
+    """Of the networks' start, the order of the images and their views."""
+    out: Path = Path("runs/quickstart")
+    """Where the checkpoint and the pictures go."""
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's digits, `(1797, 1, 32, 32)` in [0, 1], with their labels, shuffled once and for all."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return F.interpolate(images[order], size=32, mode="bilinear"), torch.from_numpy(data.target)[order]
+
+
+def network(width: int = 16) -> nn.Sequential:
+    """Return a backbone of four layers, images `(N, 1, 32, 32)` to a pooled feature `(N, 8 * width)`."""
+    layers, channels = OrderedDict[str, nn.Module](), [1, width, 2 * width, 4 * width, 8 * width]
+    for i in range(4):
+        convolution = nn.Conv2d(channels[i], channels[i + 1], kernel_size=3, stride=2, padding=1, bias=False)
+        layers[f"layer{i + 1}"] = nn.Sequential(convolution, nn.BatchNorm2d(channels[i + 1]), nn.ReLU())
+    return nn.Sequential(OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+
+
+def method(config: Config, warmup: float = 0.25, **options: Any) -> cgh.CGH:
+    """Return CGH with a new network; InfoNCE fades out over the share `warmup` of the steps."""
+    torch.manual_seed(config.seed)
+    sizes: dict[str, Any] = {"dim": 64, "hidden_dim": 256, "memory_size": 2048, "image_shape": (1, 32, 32)}
+    steps = round(warmup * config.epochs * STEPS)
+    return cgh.CGH(network(), momentum=0.98, warmup_steps=steps, **(sizes | options))
+
+
+def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, infonce: bool = False) -> dict[str, Any]:
+    """Train `model`, by its InfoNCE alone if so asked, and return its curves."""
+    images, labels = digits()
+    schedule = cgh.LearningRate(base=3e-3, steps=config.epochs * STEPS, warmup_steps=5 * config.epochs * STEPS // 100)
+    optimizer = torch.optim.AdamW(model.student.parameters(), weight_decay=1e-4)
+    curves: dict[str, dict[int, float]] = {"InfoNCE": {}, "relations": {}, "k-NN, %": {}}
+    bar = progress.add_task(name, total=config.epochs, now="")
+    torch.manual_seed(config.seed)  # every method sees the same views
+    for epoch in range(config.epochs):
+        for batch in torch.randperm(TRAIN).split(BATCH)[:STEPS]:
+            optimizer.param_groups[0]["lr"] = schedule(model.steps)
+            output = model(strong_view(images[batch]), weak_view(images[batch]))
+            loss = output.infonce if infonce else output.loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update(output)
+            curves["relations"][model.steps] = sum(output.terms.values()).item() / len(output.terms)
+            if output.weights.infonce:
+                curves["InfoNCE"][model.steps] = output.infonce.item()
+        if epoch % 5 == 4 or epoch + 1 == config.epochs:
+            curves["k-NN, %"][model.steps] = accuracies(embed(model, images), labels)[0]
+        now = "  ".join(f"{quantity} {[*curve.values()][-1]:.2f}" for quantity, curve in curves.items() if curve)
+        progress.update(bar, advance=1, now=now)
+    return {quantity: (list(curve), list(curve.values())) for quantity, curve in curves.items()}
+
+
+@torch.no_grad()
+def embed(model: cgh.CGH, images: Tensor) -> Tensor:
+    """Return the student's embeddings of `images`, those in all contexts side by side."""
+    model.eval()
+    z = torch.cat(list(model.student(images).values()), dim=1)
+    model.train()
+    return z
+
+
+def accuracies(features: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return, in percent, how often 20 neighbours are right, and the nearest class mean of five labels a class."""
+    x, test, y, truth = features[:TRAIN], features[TRAIN:], labels[:TRAIN], labels[TRAIN:]
+    hits, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(10):  # draws of the labels
+        drawn = torch.randperm(TRAIN, generator=generator)
+        means = [F.normalize(x[drawn[y[drawn] == digit][:5]], dim=1).mean(dim=0) for digit in range(10)]
+        nearest = (test @ F.normalize(torch.stack(means), dim=1).T).argmax(dim=1)
+        hits.append((nearest == truth).double().mean().item())
+    return cgh.evaluate.knn(x, y, test, truth, k=20)[20][0], 100 * sum(hits) / len(hits)
+
+
+def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
+    """Train InfoNCE alone, CGH and the `others`, print the table, and write the checkpoint and the pictures of CGH."""
+    console, (images, labels) = Console(), digits()
+    models = {"InfoNCE alone": method(config, warmup=1.0), "CGH": method(config), **(others or {})}
+    features = {"raw pixels": images.flatten(1), "untrained network": embed(models["CGH"], images)}
+    with Progress("{task.description}", BarColumn(12), "{task.fields[now]}", TimeElapsedColumn()) as progress:
+        curves = {n: pretrain(model, config, progress, n, n == "InfoNCE alone") for n, model in models.items()}
+    features |= {name: embed(model, images) for name, model in models.items()}
+
+    table = Table("", "20 neighbours", "five labels a class")
+    for name, x in features.items():
+        table.add_row(name, *(f"{accuracy:.1f} %" for accuracy in accuracies(x, labels)))
+    console.print(table)
+
+    cgh.checkpoint.save(models["CGH"].state_dict(), config.out / "checkpoint.pt")
+    plot.save(plot.curves(curves, window=STEPS), config.out / "curves.png")
+    before, after = features["untrained network"], features["CGH"]
+    similarity = F.normalize(before[TRAIN:], dim=1) @ F.normalize(before[:TRAIN], dim=1).T
+    right = labels[similarity.topk(8).indices] == labels[TRAIN:, None]
+    hard = TRAIN + right.sum(dim=1).argsort(stable=True)[:8]  # those that the untrained network is most often wrong on
+    pairs = {"before training": (before[hard], before[:TRAIN]), "after training": (after[hard], after[:TRAIN])}
+    figure = plot.neighbours(images[hard], images[:TRAIN], pairs, (labels[hard], labels[:TRAIN]))
+    plot.save(figure, config.out / "neighbours.png")
+    maps = {"before training": before[TRAIN:], "after training": after[TRAIN:]}
+    plot.save(plot.embedding(maps, labels[TRAIN:]), config.out / "map.png")
+    console.print(f"checkpoint.pt, curves.png, neighbours.png and map.png are in {config.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:
+        sys.exit("stopped")
