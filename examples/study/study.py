@@ -36,6 +36,7 @@ from cgh import checkpoint, plot, views
 BASELINES = {"pixels": "pixels", "untrained": "untrained network"}
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's training images
 NEIGHBOURS = (20, 200)
+QUANTITIES = tuple(f"{k} neighbours" for k in NEIGHBOURS)
 HELD_OUT = 10  # one training image of so many is what a search judges by, and never trains on
 PROBE_EPOCHS = 100
 console = Console()
@@ -224,7 +225,7 @@ class Study:
             if linear:
                 result["linear"] = self._linear(*features)
             write(path, json.dumps(result, indent=2))
-            console.print(json.dumps(result))
+            console.print(json.dumps(result), soft_wrap=True, highlight=False)
         return dict(json.loads(path.read_text()))
 
     def _trained(self, name: str, settings: Settings, seed: int, folder: Path) -> tuple[Learner, list[dict[str, Any]]]:
@@ -233,6 +234,8 @@ class Study:
         epochs = 0 if name == "untrained" else budget.epochs
         method = METHODS.get(name, METHODS["infonce-global"])
         steps = epochs * self.steps_per_epoch
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(seed)
         learner = Learner(method, settings, steps, budget.size, budget.width, budget.dim, budget.hidden, seed)
         learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -347,37 +350,40 @@ def table(out: Path) -> None:
     results = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/result.json"))]
     if not results:
         raise FileNotFoundError(f"{out / 'runs'} holds no result.json; `run` writes one when a run is done.")
-    titles = {**BASELINES, **{name: method.title for name, method in METHODS.items()}}
-    columns = ["20 neighbours", "200 neighbours", "best 200 neighbours", "linear"]
-    costs = ["images/s", "peak memory, MiB", "minutes"]
-    lines = [
-        "| " + " | ".join(["method", "seeds", *columns, *costs]) + " |",
-        "| --- " * (2 + len(columns + costs)) + "|",
-    ]
-    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for name, title in titles.items():
-        runs = [result for result in results if result["method"] == name]
-        if not runs:
-            continue
-        cells = [_mean_and_spread(runs, column, 1) for column in columns] + [
-            _mean_and_spread(runs, c, 0) for c in costs
-        ]
-        lines.append("| " + " | ".join([title, str(len(runs)), *cells]) + " |")
-        logs = [
-            list(csv.DictReader((out / "runs" / f"{name}-{r['seed']}" / "log.csv").open()))
-            for r in runs
-            if name in METHODS
-        ]
-        if logs:
-            curves[title] = _curves(logs)
-    write(out / "table.md", "\n".join(lines) + "\n")
+    runs = {name: [r for r in results if r["method"] == name] for name in (*BASELINES, *METHODS)}
+    runs = {name: of_method for name, of_method in runs.items() if of_method}
+    titles = BASELINES | {name: method.title for name, method in METHODS.items()}
+
+    accuracies, costs = [*QUANTITIES, "best 200 neighbours", "linear"], ["images/s", "peak memory, MiB", "minutes"]
+    rows = [["method", "seeds", *accuracies, *costs]]
+    for name, of_method in runs.items():
+        cells = [_mean_and_spread([r.get(column) for r in of_method], 1) for column in accuracies]
+        cells += [_mean_and_spread([r.get(column) for r in of_method], 0) for column in costs]
+        rows.append([titles[name], str(len(of_method)), *cells])
+    text = _markdown(rows)
+    across = {r["seed"]: r for r in runs.get("across", [])}
+    rows = [["CGH beside", "seeds", *accuracies]]
+    for name in METHODS:
+        pairs = [(across[r["seed"]], r) for r in runs.get(name, []) if r["seed"] in across and name != "across"]
+        if pairs:
+            cells = [_mean_and_spread([ours[c] - theirs[c] for ours, theirs in pairs], 1, "+") for c in accuracies]
+            rows.append([titles[name], str(len(pairs)), *cells])
+    if len(rows) > 1:
+        text += "\n" + _markdown(rows)
+    write(out / "table.md", text)
     write(out / "results.csv", to_csv(results))
+    console.print(text, soft_wrap=True, highlight=False)
+
+    curves = {}
+    for name in METHODS:
+        paths = [out / "runs" / f"{name}-{r['seed']}" / "log.csv" for r in runs.get(name, [])]
+        if paths:
+            curves[titles[name]] = _curves([list(csv.DictReader(path.open())) for path in paths])
     if curves:
         figure = plot.curves(curves)
         for axes in figure.axes:
             axes.set_xlabel("epoch")
         figure.savefig(out / "curves.png", dpi=150)
-    console.print("\n".join(lines))
 
 
 def write(path: Path, text: str) -> None:
@@ -397,26 +403,29 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first row the names of the columns."""
+    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+    return "".join([lines[0], "| --- " * len(rows[0]) + "|\n", *lines[1:]])
+
+
+def _mean_and_spread(values: Sequence[float | None], digits: int, sign: str = "") -> str:
+    """The mean and the standard deviation over the seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
 def _curves(logs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
     """The neighbours' accuracy by epoch, the mean over seeds."""
     curves = {}
-    for column in (f"{k} neighbours" for k in NEIGHBOURS):
-        rows = [[row for row in log if row[column]] for log in logs]
-        values = [[float(row[column]) for row in log] for log in rows]
-        curves[f"{column}, %"] = (
-            [int(row["epoch"]) for row in rows[0]],
-            [statistics.mean(v) for v in zip(*values, strict=True)],
-        )
+    for quantity in QUANTITIES:
+        judged = [[row for row in log if row[quantity]] for log in logs]
+        means = [statistics.mean(float(row[quantity]) for row in rows) for rows in zip(*judged, strict=True)]
+        curves[f"{quantity}, %"] = ([int(row["epoch"]) for row in judged[0]], means)
     return curves
-
-
-def _mean_and_spread(runs: Sequence[Mapping[str, Any]], column: str, digits: int) -> str:
-    """The mean and the standard deviation over the seeds."""
-    values = [run[column] for run in runs if column in run]
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _summary(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -452,7 +461,7 @@ def _order(images: Images) -> Tensor:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """MiB: of the accelerator's memory, or else of the process."""
+    """MiB: of the GPU's memory since the run began, or else of the process since it did."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource  # not on Windows
@@ -481,4 +490,4 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Run | Search | Table, description=__doc__))
+    main(tyro.cli(Run | Search | Table, description=__doc__.splitlines()[0]))
