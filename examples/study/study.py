@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import statistics
 import time
@@ -174,10 +175,9 @@ def search(config: Search) -> None:
 
 def hold_out(images: Images, count: int | None) -> tuple[Images, Images]:
     """Return the first `count` images that a run would train on, and others that none of a search trains on."""
-    train, held_out = _order(images).split(
-        [len(images.labels) - len(images.labels) // HELD_OUT, len(images.labels) // HELD_OUT]
-    )
-    return images.take(train[:count]), images.take(held_out)
+    order = _order(images)
+    rest = len(order) - len(order) // HELD_OUT
+    return images.take(order[:rest][:count]), images.take(order[rest:])
 
 
 class Study:
@@ -281,8 +281,8 @@ class Study:
     ) -> float:
         """Train for an epoch, of which the seed and its number decide all draws; return the mean loss."""
         batch, count = self.budget.batch, len(self.train.labels)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed << 40) + (epoch << 20) - 1))
-        order = order.to(self.device)
+        shuffle = torch.Generator().manual_seed((seed << 40) + (1 << 39) + epoch)  # above the steps' own seeds
+        order = torch.randperm(count, generator=shuffle).to(self.device)
         total = torch.zeros((), device=self.device)
         for i, index in enumerate(order.split(batch)[: self.steps_per_epoch]):
             step = epoch * self.steps_per_epoch + i
@@ -325,8 +325,8 @@ class Study:
             torch.manual_seed(0)
             probe = cgh.evaluate.LinearProbe(nn.Identity(), train.shape[1], int(self.train.labels.max()) + 1)
         probe.to(self.device)
-        splits = range(-(-len(train) // 256))
-        optimizer, schedule = cgh.evaluate.linear_recipe(probe, PROBE_EPOCHS * len(splits), learning_rate=0.1)
+        steps = PROBE_EPOCHS * math.ceil(len(train) / 256)
+        optimizer, schedule = cgh.evaluate.linear_recipe(probe, steps, learning_rate=0.1)
         for _ in range(PROBE_EPOCHS):
             for index in torch.randperm(len(train), generator=batches).to(self.device).split(256):
                 loss = nn.functional.cross_entropy(probe(train[index]), self.train.labels[index])
@@ -438,10 +438,10 @@ def _summary(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _candidates(config: Search, method: Method) -> list[list[dict[str, float]]]:
+def _candidates(config: Search, method: Method) -> list[list[dict[str, Any]]]:
     """What a search tries, a list for each setting; the first is the start."""
     names = ("student_global", "student_hypercolumn", "teacher_global", "teacher_hypercolumn")
-    temperatures = [dict(zip(names, values, strict=True)) for values in config.temperature]
+    temperatures: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in config.temperature]
     if method.contexts == ("global",):
         temperatures = [{n: v for n, v in change.items() if n.endswith("global")} for change in temperatures]
     relations = [temperatures, [{"warmup": value} for value in config.warmup]] if method.pairs else []
