@@ -61,7 +61,7 @@ class Config:
     weights: Path | None = None
     """The pre-trained backbone that convert.py wrote."""
     backbone: Literal["pretrained", "frozen", "scratch"] = "pretrained"
-    """Start from the weights and train them on, keep them as they are, or start at random without them."""
+    """Train on from the weights, keep them as they are, or start at random without them."""
     depth: Literal[18, 34, 50, 101, 152] = 50
     """The ResNet's."""
     train: tuple[str, ...] = ()
@@ -79,6 +79,7 @@ class Config:
     pictures: int = 8
     """Test images to draw with the predictions over the ground truth."""
     seed: int = 0
+    """Of the fresh weights, the order of the images and every draw."""
     resume: bool = False
     """Go on from the last checkpoint in the folder."""
     eval_only: bool = False
@@ -86,7 +87,9 @@ class Config:
     num_gpus: int = 1
     """Per machine. Without a GPU the CPU is used."""
     num_machines: int = 1
+    """Each started by hand, with its own --machine-rank."""
     machine_rank: int = 0
+    """This machine's number, from 0."""
     dist_url: str = "auto"
     """The first machine's address and a free port, tcp://HOST:PORT, where there are several."""
     options: tuple[str, ...] = ()
@@ -131,9 +134,9 @@ def configure(config: Config) -> CfgNode:
         ValueError: the switches contradict each other or what is there.
     """
     if not config.recipe.is_file():
-        config_folder = Path(__file__).with_name("configs")
-        here = sorted(path.name for path in config_folder.glob("[!b]*.yaml"))
-        raise FileNotFoundError(f"there is no recipe {config.recipe}; {config_folder} holds {', '.join(here)}.")
+        folder = Path(__file__).with_name("configs")
+        recipes = ", ".join(sorted(path.name for path in folder.glob("*_*.yaml") if not path.name.startswith("base")))
+        raise FileNotFoundError(f"there is no recipe {config.recipe}; {folder} holds {recipes}.")
     cfg = get_cfg()
     cfg.merge_from_file(str(config.recipe))
     cfg.MODEL.RESNETS.DEPTH = config.depth
@@ -142,14 +145,14 @@ def configure(config: Config) -> CfgNode:
     cfg.OUTPUT_DIR = str(config.run)
     cfg.SEED = config.seed
     cfg.merge_from_list(list(config.options))
-    if config.backbone == "frozen":
-        cfg.MODEL.BACKBONE.FREEZE_AT = 5  # the stem and all four stages
     if config.backbone == "scratch":
         cfg.MODEL.WEIGHTS = ""
     elif not cfg.MODEL.WEIGHTS and not config.eval_only:
         raise ValueError(f"--backbone {config.backbone} needs the --weights that convert.py wrote.")
     elif config.weights:
         check_weights(cfg)
+    if config.backbone == "frozen":
+        cfg.MODEL.BACKBONE.FREEZE_AT = 5  # the stem and all four stages
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("PyTorch sees no GPU: training on the CPU.")
         cfg.MODEL.DEVICE = "cpu"

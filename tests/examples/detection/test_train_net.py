@@ -90,7 +90,7 @@ def test_without_detectron2_it_says_what_to_install_and_what_does_without() -> N
 
 @pytest.fixture
 def squares(tmp_path: Path) -> Path:
-    """Six images of one bright square each, in both layouts; VOC's lacks every optional field."""
+    """Six images of one bright square each, in both layouts; VOC's annotations lack every optional field."""
     root = tmp_path / "squares"
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True)
