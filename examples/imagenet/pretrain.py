@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torchvision.transforms.v2 as T
 import tyro
 from data import Batches, DataConfig, images
-from log import Clock, Log
+from log import Clock, Log, read
 from plot import draw
 from run import PRECISIONS, Run, Stop, check_same, join, write_json
 from torch import Tensor, nn
@@ -288,10 +288,11 @@ class Pretraining:
         self.clock.restart()
 
     def close(self, finished: bool) -> None:
-        """Draw the curves and say how the run ended."""
+        """Draw the curves, at the end, and say how the run ended."""
         if self.log:
             self.log.close()
-            draw([self.run.folder], self.run.folder / "curves.png")
+            if finished and read(self.run.folder):
+                draw([self.run.folder], self.run.folder / "curves.png")
             how = "finished" if finished else "stopped; start it again with the same options, and it goes on"
             print(f"step {self.step} of {self.steps}: {how}", flush=True)
         if dist.is_initialized():

@@ -1,0 +1,181 @@
+"""A pre-training run leaves what it says, goes on where it stopped, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import cgh
+from tests.examples.imagenet.runs import EXAMPLE, SMALL, Started, figures, make_images, run, same, start_ranks, trained
+
+pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tyro")
+    pytest.importorskip("tensorboard")
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run([*SMALL, "--root", root, "--run", folder, "--knn-epochs=1"], folder / "output.txt")
+    return folder
+
+
+def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["arch"], config["batch"], config["layers"]) == ("resnet18", 8, ["layer3", "layer4"])
+    assert cgh.interop.trained_backbone(whole / "checkpoint.pt")(torch.randn(2, 3, 32, 32)).shape == (2, 512)
+    state = trained(whole)
+    assert (state["epoch"], state["step"], state["model"]["_extra_state"].item()) == (2, 16, 16)
+    assert (whole / "curves.png").stat().st_size > 10_000
+
+    rows = figures(whole)
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16]
+    assert float(rows[-1]["knn/top1"]) > 90  # each class has a colour
+    assert [bool(row["loss/infonce"]) for row in rows] == [True] * 4 + [False] * 6  # it has faded out
+    for name, most in (
+        ("entropy/student_global", 3.69),
+        ("rank/teacher_hypercolumn", 8),
+        ("agreement/global_from_hypercolumn", 1),
+    ):
+        values = [float(row[name]) for row in rows if row[name]]
+        assert len(values) == 4
+        assert all(0 <= value <= most for value in values)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(whole)).Reload()
+    for name in ("loss/total", "knn/top1", "time/waiting_for_data"):
+        assert len(board.Scalars(name)) == (2 if name == "knn/top1" else 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_the_run_goes_on_bit_by_bit(number: int, root: Path, whole: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--knn-epochs=1"]
+    started = Started([*arguments, "--workers=2"], tmp_path / "output.txt")
+    started.wait_for("step 2/16")
+    os.kill(started.process.pid, number)
+    assert started.wait() == 0
+    assert "stopped; start it again" in started.text()
+    assert 2 <= trained(tmp_path / "run")["step"] < 16
+
+    run(arguments, tmp_path / "output.txt")
+    assert same(trained(tmp_path / "run"), trained(whole))
+    assert figures(tmp_path / "run") == figures(whole)
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_log_is_cut_to_the_checkpoint(root: Path, whole: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--knn-epochs=1"]
+    started = Started([*arguments, "--checkpoint-steps=3"], tmp_path / "output.txt")
+    started.wait_for("step 4/16")
+    started.kill_group()
+    run(arguments, tmp_path / "output.txt")
+    assert figures(tmp_path / "run") == figures(whole)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("loss/total")
+    assert [event.step for event in scalars] == list(range(2, 17, 2))
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--root", root, "--run", folder, "--knn-epochs=1"]
+    started = Started([*arguments, "--checkpoint-steps=3"], tmp_path / "output.txt")
+    started.wait_for("step 8/16")
+    started.kill_group()
+    checkpoint = folder / "checkpoint.pt"
+    os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    text = run(arguments, tmp_path / "output.txt")
+    assert "checkpoint.pt is not a checkpoint of plain data, or is cut short" in text
+    assert f"Going on from {folder / 'checkpoint-previous.pt'}, of step" in text
+    assert same(trained(folder), trained(whole))
+
+    for path in (checkpoint, folder / "checkpoint-previous.pt"):
+        os.truncate(path, 1000)
+    failed = Started(arguments, tmp_path / "output.txt")
+    assert failed.wait() == 1
+    assert "No checkpoint of this run can be read" in failed.text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(root: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--root", root, "--run", folder, "--knn-epochs=1", "--checkpoint-steps=2"]
+    started = Started(arguments, tmp_path / "output.txt")
+    started.wait_for("step 4/16")
+    os.kill(started.process.pid, signal.SIGTERM)
+    started.wait()
+    step = trained(folder)["step"]
+
+    failed = Started(arguments, tmp_path / "output.txt", {"FILE_LIMIT": "1000000"})
+    assert failed.wait() == 1
+    assert "is not written, and what was there is untouched; is the disk full?" in failed.text()
+    assert trained(folder)["step"] == step
+    assert not list(folder.glob(".*.tmp"))
+    run(arguments, tmp_path / "output.txt")
+    assert same(trained(folder), trained(whole))
+
+
+def test_one_run_at_a_time_in_a_folder(root: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run"]
+    first = Started(arguments, tmp_path / "first.txt")
+    first.wait_for("step 2/16")
+    second = Started(arguments, tmp_path / "second.txt")
+    assert second.wait() == 1
+    assert f"is in use by process {first.process.pid} on " in second.text()
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        ("--checkpoint-steps=0", "step 3: student['global'] holds 128 values that are not finite"),
+        ("--checkpoint-steps=1", "after step 2 the student's weights are not finite"),
+    ],
+)
+def test_what_is_not_finite_is_named_and_not_saved(every: str, message: str, root: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--lr=1e30", every]  # at first it is still 0
+    failed = Started(arguments, tmp_path / "output.txt")
+    assert failed.wait() == 1
+    assert message in failed.text()
+    assert "The last checkpoint is from before, and good" in failed.text()
+    if every == "--checkpoint-steps=1":
+        assert trained(tmp_path / "run")["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dim=32"], "holds another run: dim was 16 and is now 32. Start with the same options"),
+        (["--warmup-epochs=3"], "warmup_steps is 24 of 16 steps"),
+        (["--arch=resnet19"], "arch is 'resnet19'; torchvision's ResNets are"),
+        pytest.param(
+            ["--device=cuda"],
+            "--device cuda for process 0 of this machine, counted from 0, but PyTorch",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, root: Path, whole: Path, tmp_path: Path) -> None:
+    folder = whole if arguments == ["--dim=32"] else tmp_path / "run"
+    failed = Started([*SMALL, "--root", root, "--run", folder, *arguments], tmp_path / "output.txt")
+    assert failed.wait() == 1
+    assert message in failed.text()
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks(root: Path, tmp_path: Path) -> None:
+    ranks = start_ranks(2, [*SMALL, "--root", root, "--run", tmp_path / "run", "--batch=9"], tmp_path)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    assert "--batch 9 does not divide over 2 ranks; make it a multiple" in ranks[0].text()
