@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
 
-VOC_LAYOUT = "Annotations/, ImageSets/Main/ and JPEGImages/"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 ROUNDING = 1.0  # pixels: COCO's boxes are rounded, and some tools count VOC's pixels from 0
 
@@ -163,8 +162,8 @@ def _read_voc(root: Path, split: str) -> tuple[list[_Entry], list[str]]:
     parts = [root / "Annotations", root / "ImageSets" / "Main", root / "JPEGImages"]
     if not all(part.is_dir() for part in parts):
         raise FileNotFoundError(
-            f"{root} is in neither layout. VOC's holds {VOC_LAYOUT}; COCO's is a folder of images with a JSON file of "
-            f"annotations, written {root}:FILE.json. {_contents(root)}"
+            f"{root} is in neither layout. VOC's holds Annotations/, ImageSets/Main/ and JPEGImages/; COCO's is a "
+            f"folder of images with a JSON file of annotations, written {root}:FILE.json. {_contents(root)}"
         )
     annotations, sets, images = parts
     listing = sets / f"{split}.txt"
@@ -261,8 +260,9 @@ class Detections(Dataset[tuple[Tensor, dict[str, Any]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index]
         try:
-            image = decode_image(str(record.image), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
+            with Image.open(record.image) as file:
+                image = tv_tensors.Image(file.convert("RGB"))
+        except OSError as error:
             raise ValueError(f"{record.image} cannot be decoded: {error}") from error
         size = (record.height, record.width)
         if image.shape[1:] != size:
@@ -272,4 +272,4 @@ class Detections(Dataset[tuple[Tensor, dict[str, Any]]]):
             )
         boxes = tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": record.labels + 1, "crowd": record.crowd, "difficult": record.difficult}
-        return tv_tensors.Image(image), target
+        return image, target

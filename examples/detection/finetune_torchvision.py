@@ -1,8 +1,8 @@
 """Fine-tune a ResNet as torchvision's Faster R-CNN; the defaults are the paper's protocol for VOC 07+12.
 
-python examples/detection/finetune_torchvision.py --run runs/voc --checkpoint runs/imagenet/checkpoint.pt \
+python examples/detection/finetune_torchvision.py --folder runs/voc --checkpoint runs/imagenet/checkpoint.pt \
     --train VOC2007:trainval VOC2012:trainval --test VOC2007:test
-torchrun --nproc-per-node 8 examples/detection/finetune_torchvision.py --run runs/coco ...
+torchrun --nproc-per-node 8 examples/detection/finetune_torchvision.py --folder runs/coco ...
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +25,10 @@ import torchvision.transforms.v2 as T
 import tyro
 from datasets import Annotations, Detections, read
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler, Subset
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.io import write_png
 from torchvision.models.detection import FasterRCNN
 
 import cgh
@@ -95,7 +96,7 @@ class Recipe:
 class Config(Recipe):
     """Fine-tune a ResNet as torchvision's Faster R-CNN; the defaults are the paper's protocol for VOC 07+12."""
 
-    run: Path
+    folder: Path
     """The run's folder, for all that it writes; started again with the same options, it goes on from there."""
     test: tuple[str, ...]
     """What to evaluate on, written as --train."""
@@ -199,14 +200,21 @@ def evaluate(model: FasterRCNN, test: Annotations, device: torch.device, workers
     """Return COCO's averages in percent, over the classes and of each; crowds and difficult boxes count neither way."""
     rank, world_size = rank_and_world_size()
     mine = Subset(Detections(test), range(rank, len(test.records), world_size))
-    metric = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
+    loader = DataLoader(mine, num_workers=workers, collate_fn=list, worker_init_fn=leave_signals_to_the_run)
     model.eval()
-    for [(image, target)] in DataLoader(mine, num_workers=workers, collate_fn=list):
+    pairs = []
+    for [(image, target)] in loader:
         ignored = (target["crowd"] | target["difficult"]).long()
         truth = {"boxes": target["boxes"].as_subclass(Tensor), "labels": target["labels"], "iscrowd": ignored}
-        metric.update([detect(model, image, device)], [truth])
+        pairs.append((detect(model, image, device), truth))
     model.train()
-    result = metric.to(device).compute()  # gathered from all ranks
+    if world_size > 1:
+        shares: list[Any] = [None] * world_size
+        dist.all_gather_object(shares, pairs)
+        pairs = [shares[index % world_size][index // world_size] for index in range(len(test.records))]
+    metric = MeanAveragePrecision(backend="pycocotools", class_metrics=True, sync_on_compute=False)
+    metric.update(*map(list, zip(*pairs, strict=True)))
+    result = metric.compute()
     averages = {name: 100 * float(result[key]) for name, key in AVERAGES.items()}
     labels, of_class = (result[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
     of_class = (100 * ap if ap >= 0 else math.nan for ap in of_class)  # of a class that the test set lacks
@@ -218,18 +226,18 @@ def draw(model: FasterRCNN, test: Annotations, device: torch.device, folder: Pat
     """Write pictures of the first `count` images, with what was found over what is there."""
     folder.mkdir(exist_ok=True)
     model.eval()
-    for record, (image, _) in zip(test.records[:count], Detections(test), strict=False):
+    for truth, (image, _) in zip(test.records[:count], Detections(test), strict=False):
         found = detect(model, image, device)
         picture = pictures.draw(
             image.as_subclass(Tensor),
-            record.boxes,
-            record.labels,
+            truth.boxes,
+            truth.labels,
             found["boxes"],
             found["labels"] - 1,
             found["scores"],
             test.classes,
         )
-        write_png(picture, str(folder / f"{record.image.stem}.png"))
+        T.functional.to_pil_image(picture).save(folder / f"{truth.image.stem}.png")
 
 
 def finetune(config: Config) -> dict[str, float]:
@@ -244,7 +252,7 @@ def finetune(config: Config) -> dict[str, float]:
     rank, world_size = rank_and_world_size()
     if config.batch % world_size:
         raise ValueError(f"--batch {config.batch} is not divisible over {world_size} ranks; choose a multiple of it.")
-    run, stop = Run(config.run), Stop()
+    run, stop = Run(config.folder), Stop()
     if rank == 0:
         run.lock()
     if dist.is_initialized():
@@ -289,8 +297,14 @@ def finetune(config: Config) -> dict[str, float]:
             log.write(step, result, {name: f"{result[name]:.1f}" for name in AVERAGES})
         return result
 
-    batches = Batches(len(train.records), config, step)
-    for batch in DataLoader(Detections(train), batch_sampler=batches, num_workers=config.workers, collate_fn=list):
+    loader = DataLoader(
+        Detections(train),
+        batch_sampler=Batches(len(train.records), config, step),
+        num_workers=config.workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_run,
+    )
+    for batch in loader:
         torch.manual_seed((config.seed << 32) + step * world_size + rank)  # flips, sizes and choices of proposals
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
@@ -328,19 +342,22 @@ def finetune(config: Config) -> dict[str, float]:
     return result
 
 
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker that loads images outlive what asks the run to stop, which saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def as_plain(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON knows it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     return plain
 
 
-def main() -> None:
-    """Run what the command line says."""
-    try:
-        finetune(tyro.cli(Config))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    finetune(tyro.cli(Config, args=args))
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()
