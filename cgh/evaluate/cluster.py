@@ -20,7 +20,7 @@ class ClusterScores(NamedTuple):
     nmi: float
     """Normalised mutual information, 0 to 1."""
     ari: float
-    """Adjusted Rand index (Hubert and Arabie, 1985): 1 where they are the same, 0 as by chance."""
+    """Adjusted Rand index (Hubert and Arabie, 1985), 1 where they are the same, 0 as by chance."""
 
 
 def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -> Tensor:
