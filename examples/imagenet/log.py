@@ -91,7 +91,7 @@ def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """
     path = folder / "log.csv"
     if not path.is_file():
-        raise ValueError(f"{folder} has no log.csv; name the --run folder of pretrain.py.")
+        raise ValueError(f"{folder} has no log.csv; name the --folder of a run of pretrain.py.")
     curves: dict[str, tuple[list[int], list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):

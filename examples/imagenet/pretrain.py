@@ -1,19 +1,18 @@
 """Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet.
 
-torchrun --nproc-per-node 8 examples/imagenet/pretrain.py --run runs/imagenet --root /data/imagenet
-python examples/imagenet/pretrain.py --run runs/cifar10 --dataset cifar10 --root /data/cifar10 --arch resnet18 \
+torchrun --nproc-per-node 8 examples/imagenet/pretrain.py --folder runs/imagenet --root /data/imagenet
+python examples/imagenet/pretrain.py --folder runs/cifar10 --dataset cifar10 --root /data/cifar10 --arch resnet18 \
     --small-images --crop-size 32
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 import torchvision.transforms.v2 as T
 import tyro
 from data import Batches, DataConfig, images
+from evaluation import normalise, plain
 from log import Clock, Log, read
 from plot import draw
 from run import PRECISIONS, Run, Stop, check_same, join, write_json
@@ -63,7 +63,7 @@ class Recipe:
     blur: bool = True
     """Blur half of the strong views; small images do better without."""
     layers: tuple[str, ...] = ("layer3", "layer4")
-    """Whose maps make the hypercolumn."""
+    """Stages whose maps make the hypercolumn."""
     dim: int = 512
     """Width of the embeddings."""
     hidden_dim: int = 4096
@@ -71,58 +71,63 @@ class Recipe:
     memory_size: int = 131_072
     """Rows of the memory banks."""
     teacher_momentum: float = 0.999
-    """Of the teacher's moving average."""
+    """Momentum of the teacher's moving average."""
     centring: bool = False
     """Take the mean of the teacher's similarities off them."""
     batch_norm_splits: int = 1
     """Groups in which one device normalises its batch, as that many devices would."""
     epochs: int = 200
+    """Passes over the images."""
     batch: int = 256
     """Images in a step, over all ranks."""
     lr: float = 0.05
     """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
     warmup_epochs: float = 5
-    """Until the learning rate is at its highest."""
+    """Epochs until the learning rate is at its highest; from there it falls in a cosine to 0."""
     infonce_epochs: float = 5
-    """Until InfoNCE has faded out."""
+    """Epochs over which InfoNCE fades out."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 1e-4
-    """Of all weights but biases and those of norms."""
+    """Of all parameters but biases and those of norms."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What autocast computes the networks in; fp16 scales the loss."""
     seed: int = 0
-    """Of the initial weights, the memory, the order of the images and their augmentation."""
+    """Decides the initial weights and memory, the order of the images and their augmentation."""
 
 
 @dataclass(kw_only=True)
 class Config(Recipe):
     """Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet."""
 
-    run: Path
-    """The run's folder, for all that it writes; started again with the same options, it goes on from there."""
+    folder: Path
+    """Of the run, for all that it writes; started again with the same options, the run goes on from there."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
     workers: int = 8
     """Processes that load images, on each rank."""
     channels_last: bool = False
-    """Lay images out as tensor cores like them."""
+    """Lay images and weights out channels last, as tensor cores like them."""
     compile: bool = False
-    """Compile student and teacher."""
+    """Compile student and teacher with torch.compile."""
     deterministic: bool = False
     """Bit-identical weights on a GPU too, for some of its speed."""
     checkpoint_minutes: float = 10
-    """Between checkpoints; there is also one at the end of every epoch."""
+    """Minutes between checkpoints; there is also one at the end of every epoch."""
     checkpoint_steps: int = 0
-    """Between further checkpoints; 0 for none."""
+    """Steps between further checkpoints; 0 for none."""
     log_steps: int = 50
-    """Between rows of the log."""
+    """Steps between rows of the log."""
     collapse_rows: int = 10
-    """Rows of the log between those that also tell of collapse."""
+    """Rows of the log between those that also tell of collapse: entropy, agreement, effective rank."""
     knn_epochs: int = 5
-    """Between k-nearest-neighbour figures; 0 for none."""
+    """Epochs between k-nearest-neighbour figures of the validation set; 0 for none."""
     knn_images: int = 50_000
-    """Images of each split, at most, that they take."""
+    """Images that these figures take of each split, at most."""
     knn_k: int = 20
+    """Neighbours that vote."""
     profile: bool = False
-    """Write a trace of five steps, for chrome://tracing or ui.perfetto.dev."""
+    """Write trace.json.gz of steps 13 to 17, for chrome://tracing or ui.perfetto.dev."""
 
 
 class Pretraining:
@@ -137,7 +142,7 @@ class Pretraining:
                 f"--batch {config.batch} does not divide over {self.world_size} ranks; make it a multiple."
             )
         self.stop = Stop()
-        self.run = Run(config.run)
+        self.run = Run(config.folder)
         if self.rank == 0:
             self.run.lock()
         if dist.is_initialized():
@@ -166,7 +171,7 @@ class Pretraining:
         self.saved = time.monotonic()
         self.log = None
         if self.rank == 0:
-            write_json(self.run.folder / "config.json", effective(config))
+            write_json(self.run.folder / "config.json", plain(config))
             self.log = Log(self.run.folder, FIGURES, self.steps, self.step, log_size)
 
     def resume(self) -> int:
@@ -174,7 +179,7 @@ class Pretraining:
         state = self.run.load()
         if state is None:
             return 0
-        check_same(recipe(state["config"]), recipe(effective(self.config)), self.run)
+        check_same(recipe(state["config"]), recipe(plain(self.config)), self.run)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -195,7 +200,7 @@ class Pretraining:
                     "epoch": self.epoch,
                     "step": self.step,
                     "log_size": self.log.size(),
-                    "config": effective(self.config),
+                    "config": plain(self.config),
                 }
             )
         self.saved = time.monotonic()
@@ -388,14 +393,7 @@ def load_views(config: Config, rank: int, world_size: int, device: torch.device)
 def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple[Tensor, int]]:
     """Return images of a split as they are evaluated, evenly chosen where there are more than asked for."""
     resize = config.crop_size if config.small_images else config.crop_size * 256 // 224
-    transform = T.Compose(
-        [
-            T.Resize(resize, antialias=True),
-            T.CenterCrop(config.crop_size),
-            T.ToDtype(torch.float32, scale=True),
-            T.Normalize(views.IMAGENET_MEAN, views.IMAGENET_STD),
-        ]
-    )
+    transform = T.Compose([T.Resize(resize, antialias=True), T.CenterCrop(config.crop_size), normalise()])
     dataset = images(config.data, split, transform)
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // config.knn_images)))
 
@@ -432,12 +430,6 @@ def profiler(folder: Path) -> torch.profiler.profile:
         schedule=torch.profiler.schedule(wait=10, warmup=2, active=5, repeat=1),
         on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / "trace.json.gz")),
     )
-
-
-def effective(config: Config) -> dict[str, Any]:
-    """Return the configuration as plain numbers, strings and lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return plain
 
 
 def recipe(configuration: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Run:
             self._lock.seek(0)
             raise ValueError(
                 f"{self.folder} is in use by {self._lock.read().strip()}: wait until that run ends, stop it, or choose "
-                "another --run."
+                "another --folder."
             ) from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -115,7 +115,7 @@ class Run:
         if broken:
             raise ValueError(
                 f"{' '.join(broken)} No checkpoint of this run can be read: put a copy there, or start anew in another "
-                "--run."
+                "--folder."
             )
         return None
 
@@ -142,7 +142,7 @@ def check_same(saved: Mapping[str, Any], asked: Mapping[str, Any], run: Run) -> 
     if changed:
         raise ValueError(
             f"{run.folder} holds another run: {'; '.join(changed)}. Start with the same options to go on with it, or "
-            "choose another --run."
+            "choose another --folder."
         )
 
 

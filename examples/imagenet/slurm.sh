@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pre-training on several nodes of a SLURM cluster:
 #
-#   sbatch --nodes 2 --gpus-per-node 8 examples/imagenet/slurm.sh --run /shared/runs/imagenet --root /shared/imagenet
+#   sbatch --nodes 2 --gpus-per-node 8 examples/imagenet/slurm.sh --folder /shared/runs/imagenet --root /shared/imagenet
 #
 # What follows the script's name goes to pretrain.py; the folders have to be on a file system that every node sees.
 # Before the time limit the run saves and the job goes back into the queue, until the run is finished. After the loss
@@ -28,7 +28,7 @@ trap 'interrupted=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 # The trap keeps torchrun, which would die of the signal, out of it; the processes that it starts set their own.
 # shellcheck disable=SC2016  # $@ and SLURM's variables are those of each node
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" \
     --max-restarts=3 \

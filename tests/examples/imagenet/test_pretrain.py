@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run([*SMALL, "--root", root, "--run", folder, "--knn-epochs=1"], folder / "output.txt")
+    run([*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1"], folder / "output.txt")
     return folder
 
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on_bit_by_bit(number: int, root: Path, whole: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--knn-epochs=1"]
+    arguments = [*SMALL, "--root", root, "--folder", tmp_path / "run", "--knn-epochs=1"]
     started = Started([*arguments, "--workers=2"], tmp_path / "output.txt")
     started.wait_for("step 2/16")
     os.kill(started.process.pid, number)
@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_by_bit(number: int, root: Path, 
 
 @pytest.mark.slow
 def test_after_a_kill_the_log_is_cut_to_the_checkpoint(root: Path, whole: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--knn-epochs=1"]
+    arguments = [*SMALL, "--root", root, "--folder", tmp_path / "run", "--knn-epochs=1"]
     started = Started([*arguments, "--checkpoint-steps=3"], tmp_path / "output.txt")
     started.wait_for("step 4/16")
     started.kill_group()
@@ -90,7 +90,7 @@ def test_after_a_kill_the_log_is_cut_to_the_checkpoint(root: Path, whole: Path, 
 @pytest.mark.slow
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = [*SMALL, "--root", root, "--run", folder, "--knn-epochs=1"]
+    arguments = [*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1"]
     started = Started([*arguments, "--checkpoint-steps=3"], tmp_path / "output.txt")
     started.wait_for("step 8/16")
     started.kill_group()
@@ -111,7 +111,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: P
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(root: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = [*SMALL, "--root", root, "--run", folder, "--knn-epochs=1", "--checkpoint-steps=2"]
+    arguments = [*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1", "--checkpoint-steps=2"]
     started = Started(arguments, tmp_path / "output.txt")
     started.wait_for("step 4/16")
     os.kill(started.process.pid, signal.SIGTERM)
@@ -128,7 +128,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(root: Path, who
 
 
 def test_one_run_at_a_time_in_a_folder(root: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run"]
+    arguments = [*SMALL, "--root", root, "--folder", tmp_path / "run"]
     first = Started(arguments, tmp_path / "first.txt")
     first.wait_for("step 2/16")
     second = Started(arguments, tmp_path / "second.txt")
@@ -146,7 +146,7 @@ def test_one_run_at_a_time_in_a_folder(root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_finite_is_named_and_not_saved(every: str, message: str, root: Path, tmp_path: Path) -> None:
-    arguments = [*SMALL, "--root", root, "--run", tmp_path / "run", "--lr=1e30", every]  # at first it is still 0
+    arguments = [*SMALL, "--root", root, "--folder", tmp_path / "run", "--lr=1e30", every]  # at first it is still 0
     failed = Started(arguments, tmp_path / "output.txt")
     assert failed.wait() == 1
     assert message in failed.text()
@@ -170,12 +170,12 @@ def test_what_is_not_finite_is_named_and_not_saved(every: str, message: str, roo
 )
 def test_bad_input(arguments: list[str], message: str, root: Path, whole: Path, tmp_path: Path) -> None:
     folder = whole if arguments == ["--dim=32"] else tmp_path / "run"
-    failed = Started([*SMALL, "--root", root, "--run", folder, *arguments], tmp_path / "output.txt")
+    failed = Started([*SMALL, "--root", root, "--folder", folder, *arguments], tmp_path / "output.txt")
     assert failed.wait() == 1
     assert message in failed.text()
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks(root: Path, tmp_path: Path) -> None:
-    ranks = start_ranks(2, [*SMALL, "--root", root, "--run", tmp_path / "run", "--batch=9"], tmp_path)
+    ranks = start_ranks(2, [*SMALL, "--root", root, "--folder", tmp_path / "run", "--batch=9"], tmp_path)
     assert [rank.wait() for rank in ranks] == [1, 1]
     assert "--batch 9 does not divide over 2 ranks; make it a multiple" in ranks[0].text()

@@ -29,11 +29,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_twenty_kills(root: Path, tmp_path: Path) -> None:
     options = [*SMALL, "--root", root, "--epochs=8", "--log-steps=1"]
     start = time.monotonic()
-    run([*options, "--run", tmp_path / "whole", "--workers=0"], tmp_path / "output.txt")
+    run([*options, "--folder", tmp_path / "whole", "--workers=0"], tmp_path / "output.txt")
     step_time = (time.monotonic() - start) / 64
 
     folder = tmp_path / "killed"
-    options += ["--run", folder, "--workers=1", "--checkpoint-steps=1"]
+    options += ["--folder", folder, "--workers=1", "--checkpoint-steps=1"]
     moments, torn = random.Random(0), 0
     for kill in range(20):
         started = Started(options, tmp_path / "output.txt")
@@ -75,7 +75,7 @@ def process_of_rank(rank: int) -> int:
 
 def test_the_slurm_script_requeues_and_torchrun_restarts_a_rank_that_dies(root: Path, tmp_path: Path) -> None:
     options = [*SMALL, "--root", str(root), "--checkpoint-steps=2", "--epochs=4"]
-    ranks = start_ranks(2, [*options, "--run", tmp_path / "whole"], tmp_path)
+    ranks = start_ranks(2, [*options, "--folder", tmp_path / "whole"], tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0]
 
     # SLURM's commands, for one node: a step is a process group, and a signal to it goes to every process in it.
@@ -87,9 +87,7 @@ def test_the_slurm_script_requeues_and_torchrun_restarts_a_rank_that_dies(root: 
         f'while [[ $1 == --* ]]; do shift; done\nsetsid "$@" &\necho $! > {tmp_path}/step\nwait $!',
     )
     program(commands / "scancel", f'kill "-${{1#--signal=}}" -- "-$(cat {tmp_path}/step)"')
-    program(
-        commands / "scontrol", f"[[ $1 == show ]] && echo localhost\n[[ $1 == requeue ]] && touch {tmp_path}/requeued"
-    )
+    program(commands / "scontrol", f"if [[ $1 == show ]]; then echo localhost; else touch {tmp_path}/requeued; fi")
     environment = os.environ | {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "CGH_TEST": "1",
@@ -102,7 +100,7 @@ def test_the_slurm_script_requeues_and_torchrun_restarts_a_rank_that_dies(root: 
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    command = ["bash", EXAMPLE / "slurm.sh", *options, "--run", tmp_path / "run", "--workers=1"]
+    command = ["bash", EXAMPLE / "slurm.sh", *options, "--folder", tmp_path / "run", "--workers=1"]
     output = tmp_path / "output.txt"
 
     def submit(text: str) -> subprocess.Popen[bytes]:
