@@ -51,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
         features = kept_features(config, SPLITS)
     results = {}
     if cgh.distributed.rank_and_world_size()[0] == 0:
-        scores = cgh.evaluate.knn(*features["train"], *features["val"], config.k, config.temperature)
+        queries, labels = features["val"]
+        scores = cgh.evaluate.knn(*features["train"], queries.to(device), labels, config.k, config.temperature)
         results = {f"{k} neighbours": {"top1": top1, "top5": top5} for k, (top1, top5) in scores.items()}
     finish(config, results)
 

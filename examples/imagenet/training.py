@@ -39,7 +39,7 @@ class Training(Evaluation):
     """A checkpoint of pretrain.py or of the reference implementation, or torchvision's weights (.pth, .safetensors)."""
     epochs: int
     validation_epochs: int = 10
-    """Between validations; there is also one at the end."""
+    """Between validations, beside the one at the end; 0 for that one alone."""
     seed: int = 0
     """Of the new layer, the order of the images and their crops."""
 
@@ -87,11 +87,7 @@ def train_classifier(
     crops = RandomCrops(train, config.crop_size, config.seed)
     sampler: DistributedSampler[Any] = DistributedSampler(crops, world_size, rank, seed=config.seed)
     batches = DataLoader(
-        crops,
-        batch_per_rank(config),
-        sampler=sampler,
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
+        crops, batch_per_rank(config), sampler=sampler, num_workers=config.workers, pin_memory=device.type == "cuda"
     )
     optimizer, schedule = recipe(len(batches))
     precision = PRECISIONS[config.precision]
@@ -147,7 +143,8 @@ def train_classifier(
             for buffer in learnt.buffers():  # batch norms that are not synchronised: rank 0's, which a checkpoint has
                 dist.broadcast(buffer, src=0)
         figures = {"epoch": epoch + 1, "lr": rates[-1], "loss": loss}
-        if (epoch + 1) % config.validation_epochs == 0 or epoch + 1 == config.epochs:
+        due = config.validation_epochs and (epoch + 1) % config.validation_epochs == 0
+        if due or epoch + 1 == config.epochs:
             outputs = extract_features(model, val, batch_per_rank(config), config.workers, device, precision)
             if rank == 0:
                 top1, top5 = accuracy(*outputs)
