@@ -5,7 +5,7 @@
 #
 # What follows the script's name goes to pretrain.py; the folders have to be on a file system that every node sees.
 # Before the time limit the run saves and the job goes back into the queue, until the run is finished. After the loss
-# of a node or of a process it goes on from its last checkpoint by itself.
+# of a process it goes on from its last checkpoint by itself; after the loss of a node SLURM queues the job again.
 
 #SBATCH --job-name=cgh
 #SBATCH --ntasks-per-node=1
@@ -16,19 +16,31 @@
 #SBATCH --open-mode=append
 #SBATCH --output=cgh-%j.out
 
-set -euo pipefail
+set -uo pipefail
 
-# SLURM runs a copy of this script, so the project is where the job was submitted.
+# Return the status of a background process once it has ended: a trapped signal only interrupts a wait.
+await() {
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+    done
+    wait "$1"
+}
+
+# One node's torchrun. It would die of USR1, which its children, the ranks, are to get.
+node() {
+    (trap '' USR1 && exec torchrun "$@") &
+    agent=$!
+    trap 'pkill -USR1 -P "$agent"' USR1
+    trap 'kill -TERM "$agent"' TERM
+    await "$agent"
+}
+export -f await node
+
+# SLURM runs a copy of this script, so the project is where the job was submitted from.
 project=${CGH_PROJECT:-$SLURM_SUBMIT_DIR}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# Five minutes before the limit SLURM signals this shell, which hands it on to the processes of the job's steps.
-interrupted=
-trap 'interrupted=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-
-# The trap keeps torchrun, which would die of the signal, out of it; the processes that it starts set their own.
-# shellcheck disable=SC2016  # $@ and SLURM's variables are those of each node
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'node "$@"' node \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" \
     --max-restarts=3 \
@@ -38,16 +50,13 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'trap "
     "$project/examples/imagenet/pretrain.py" "$@" &
 step=$!
 
-# A trapped signal ends a wait early, so wait until the step itself has ended.
-status=0
-wait "$step" || status=$?
-while kill -0 "$step" 2>/dev/null; do
-    status=0
-    wait "$step" || status=$?
-done
+# Five minutes before the time limit SLURM signals this shell, which hands it on to the nodes.
+interrupted=
+trap 'interrupted=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
+await "$step"
+status=$?
 if [[ -n $interrupted && $status -eq 0 ]]; then
-    echo "requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

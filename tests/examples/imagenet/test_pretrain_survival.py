@@ -78,15 +78,12 @@ def test_the_slurm_script_requeues_and_torchrun_restarts_a_rank_that_dies(root: 
     ranks = start_ranks(2, [*options, "--folder", tmp_path / "whole"], tmp_path)
     assert [rank.wait() for rank in ranks] == [0, 0]
 
-    # SLURM's commands, for one node: a step is a process group, and a signal to it goes to every process in it.
+    # SLURM's commands, for one node; a signal to a job's steps reaches their first processes alone.
     commands = tmp_path / "bin"
     commands.mkdir()
     program(commands / "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
-    program(
-        commands / "srun",
-        f'while [[ $1 == --* ]]; do shift; done\nsetsid "$@" &\necho $! > {tmp_path}/step\nwait $!',
-    )
-    program(commands / "scancel", f'kill "-${{1#--signal=}}" -- "-$(cat {tmp_path}/step)"')
+    program(commands / "srun", f'while [[ $1 == --* ]]; do shift; done; echo $$ >{tmp_path}/step; exec "$@"')
+    program(commands / "scancel", f'kill "-${{1#--signal=}}" "$(cat {tmp_path}/step)"')
     program(commands / "scontrol", f"if [[ $1 == show ]]; then echo localhost; else touch {tmp_path}/requeued; fi")
     environment = os.environ | {
         "PATH": f"{commands}:{os.environ['PATH']}",
