@@ -1,4 +1,4 @@
-"""Faster R-CNN from torchvision's parts on a ResNet that was trained elsewhere: with a feature pyramid, or as C4."""
+"""Faster R-CNN of torchvision's parts on a pre-trained ResNet: with a feature pyramid, or as C4."""
 
 from __future__ import annotations
 
@@ -69,8 +69,16 @@ def fpn(
             small objects.
         channels: of each level.
         **options: of `torchvision.models.detection.FasterRCNN`.
+
+    Raises:
+        ValueError: no stages, or not from fine to coarse.
     """
+    if not stages or list(stages) != sorted(set(stages)):
+        raise ValueError(
+            f"the stages are {list(stages)}; choose some of {list(STAGES)}, in this order."
+        )
     strides = _strides(backbone, stages)
+    strides.append(2 * strides[-1])  # of the level that the pyramid adds
     pyramid = BackboneWithFPN(
         backbone,
         return_layers={stage: str(level) for level, stage in enumerate(stages)},
@@ -78,11 +86,10 @@ def fpn(
         out_channels=channels,
         norm_layer=nn.BatchNorm2d,
     )
-    levels = [*strides, 2 * strides[-1]]  # the last is the pyramid's own
     return FasterRCNN(
         pyramid,
         num_classes + 1,
-        rpn_anchor_generator=AnchorGenerator(tuple((8 * stride,) for stride in levels), (RATIOS,) * len(levels)),
+        rpn_anchor_generator=AnchorGenerator(tuple((8 * stride,) for stride in strides), (RATIOS,) * len(strides)),
         box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(stages))], output_size=7, sampling_ratio=2),
         **options,
     )

@@ -117,6 +117,8 @@ class Config(Recipe):
         for name in ("steps", "batch", "boxes_per_image", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is 1 or more.")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"--sizes is {self.sizes}; give the shorter side of the images in pixels, one or several.")
         if self.checkpoint is None and self.backbone != "scratch":
             raise ValueError(f"--backbone {self.backbone} needs a --checkpoint; --backbone scratch needs none.")
 
@@ -339,6 +341,8 @@ def finetune(config: Config) -> dict[str, float]:
             draw(model, test, device, run.folder / "pictures", config.pictures)
     if log is not None:
         log.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return result
 
 

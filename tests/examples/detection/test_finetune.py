@@ -101,6 +101,11 @@ def test_c4_proposes_on_layer3_and_its_head_is_layer4(detectors: ModuleType) -> 
     assert model.roi_heads.box_predictor.cls_score.out_features == 21
 
 
+def test_stages_go_from_fine_to_coarse(detectors: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"the stages are .*; choose some of .*, in this order"):
+        detectors.fpn(cgh.interop.resnet("resnet18"), num_classes=1, stages=("layer3", "layer2"))
+
+
 def test_scratch_keeps_nothing_of_the_checkpoint(detectors: ModuleType) -> None:
     backbone = cgh.interop.resnet("resnet18")
     before = {name: x.clone() for name, x in backbone.named_parameters() if x.ndim == 4}
@@ -201,6 +206,7 @@ def test_the_learning_rate_rises_and_steps_down(finetune: ModuleType, tmp_path: 
     [
         ({"backbone": "frozen"}, r"--backbone frozen needs a --checkpoint; --backbone scratch needs none"),
         ({"backbone": "scratch", "batch": 0}, r"--batch is 0; it is 1 or more"),
+        ({"backbone": "scratch", "sizes": ()}, r"--sizes is \(\); give the shorter side"),
         ({"backbone": "scratch", "device": "cuda"}, r"--device cuda.* but PyTorch .* sees 0 GPU"),
         ({"backbone": "scratch", "arch": "vgg11"}, r"arch is 'vgg11'; torchvision's ResNets are"),
         ({"backbone": "scratch", "arch": "resnet18", "lr": 1e30, "warmup_steps": 0}, r"the loss of step .* lower --lr"),
