@@ -54,10 +54,10 @@ def detectron2_checkpoint(backbone: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: its first convolution is the 3x3 one for small images, which detectron2's ResNet lacks.
     """
-    stem = tuple(backbone.conv1.kernel_size)
-    if stem != (7, 7):
+    side = backbone.get_parameter("conv1.weight").shape[-1]
+    if side != 7:
         raise ValueError(
-            f"the backbone starts with a convolution of {stem[0]}x{stem[1]}, the one for small images; detectron2's "
+            f"the backbone starts with a convolution of {side}x{side}, the one for small images; detectron2's "
             "ResNet has one of 7x7 and a max pool: convert a backbone that was pre-trained without small_images."
         )
     arrays = {detectron2_name(key): x.numpy() for key, x in backbone.state_dict().items()}

@@ -74,8 +74,8 @@ class Config:
     """Leave out boxes that are outside their image or have no area."""
     voc_metric: Literal[2007, 2012] = 2012
     """Average precision in VOC layout: at eleven points as in 2007, or the area under the curve."""
-    run: Path = Path("runs/detection")
-    """Folder of the log, the checkpoints, TensorBoard's events and the pictures."""
+    folder: Path = Path("runs/detection")
+    """Of the log, the checkpoints, TensorBoard's events and the pictures."""
     pictures: int = 8
     """Test images to draw with the predictions over the ground truth."""
     seed: int = 0
@@ -142,7 +142,7 @@ def configure(config: Config) -> CfgNode:
     cfg.MODEL.RESNETS.DEPTH = config.depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if config.depth < 50 else 256
     cfg.MODEL.WEIGHTS = str(config.weights or "")
-    cfg.OUTPUT_DIR = str(config.run)
+    cfg.OUTPUT_DIR = str(config.folder)
     cfg.SEED = config.seed
     cfg.merge_from_list(list(config.options))
     if config.backbone == "scratch":
@@ -214,7 +214,7 @@ def register(config: Config, cfg: CfgNode) -> None:
             _register(names[-1], test, "coco")
         else:
             # The evaluator reads the files itself, and wants optional fields and whole numbers in them.
-            copy = config.run / "voc" / names[-1]
+            copy = config.folder / "voc" / names[-1]
             if comm.is_main_process():
                 write_voc(test, copy)
             _register(names[-1], test, "pascal_voc", dirname=str(copy), split="test", year=config.voc_metric)
@@ -308,7 +308,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
 
 def train_and_evaluate(config: Config) -> None:
     """Train and evaluate, in one process of as many as there are GPUs."""
-    setup_logger(str(config.run), distributed_rank=comm.get_rank())
+    setup_logger(str(config.folder), distributed_rank=comm.get_rank())
     cfg = configure(config)
     register(config, cfg)
     cfg.freeze()
@@ -334,11 +334,11 @@ def main(config: Config) -> None:
         FileExistsError: the folder holds another run.
         ValueError: there are fewer GPUs.
     """
-    there = (config.run / "last_checkpoint").is_file()
+    there = (config.folder / "last_checkpoint").is_file()
     if there and not config.resume and not config.eval_only:
-        raise FileExistsError(f"{config.run} holds a run; go on with it by --resume, or name another --run.")
+        raise FileExistsError(f"{config.folder} holds a run; go on with it by --resume, or name another --folder.")
     if not there and (config.resume or config.eval_only):
-        raise FileNotFoundError(f"{config.run} holds no checkpoint of a run.")
+        raise FileNotFoundError(f"{config.folder} holds no checkpoint of a run.")
     gpus = torch.cuda.device_count()
     if config.num_gpus > max(gpus, 1):
         raise ValueError(f"--num-gpus is {config.num_gpus}, but PyTorch sees {gpus}; on the CPU there is one process.")

@@ -137,7 +137,7 @@ def weights(train_net: ModuleType, tmp_path: Path) -> Path:
 
 def configuration(train_net: ModuleType, squares: Path, recipe: str = "voc_c4_24k", **switches: Any) -> tuple[Any, Any]:
     sources = {"train": (f"{squares}:all",), "test": (f"{squares}:all", f"{squares}/JPEGImages:{squares}/boxes.json")}
-    switches = {"depth": 18, "run": squares.parent / "run", **sources, **switches}
+    switches = {"depth": 18, "folder": squares.parent / "run", **sources, **switches}
     config = train_net.Config(CONFIGS / f"{recipe}.yaml", **switches)
     cfg = train_net.configure(config)
     return config, cfg
@@ -237,10 +237,10 @@ def test_bad_switches_are_told(train_net: ModuleType, squares: Path, weights: Pa
     with pytest.raises(FileNotFoundError, match=r"voc_2007_trainval is not there.*DETECTRON2_DATASETS"):
         train_net.register(*configuration(train_net, squares, weights=weights, train=(), test=()))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        train_net.main(train_net.Config(CONFIGS / "voc_c4_24k.yaml", run=squares, resume=True))
+        train_net.main(train_net.Config(CONFIGS / "voc_c4_24k.yaml", folder=squares, resume=True))
     (squares / "last_checkpoint").touch()
-    with pytest.raises(FileExistsError, match="--resume, or name another --run"):
-        train_net.main(train_net.Config(CONFIGS / "voc_c4_24k.yaml", run=squares))
+    with pytest.raises(FileExistsError, match="--resume, or name another --folder"):
+        train_net.main(train_net.Config(CONFIGS / "voc_c4_24k.yaml", folder=squares))
 
 
 @needs_detectron2
@@ -266,7 +266,7 @@ def test_a_run_stopped_resumed_and_evaluated(train_net: ModuleType, squares: Pat
             "DATALOADER.NUM_WORKERS": 0,
         }
         words = [sys.executable, str(EXAMPLE / "train_net.py"), str(CONFIGS / f"{recipe}.yaml"), "--depth", "18", *more]
-        words += ["--weights", str(weights), "--run", str(squares.parent / "run"), *sources, "--pictures", "2"]
+        words += ["--weights", str(weights), "--folder", str(squares.parent / "run"), *sources, "--pictures", "2"]
         words += ["--options", *(str(word) for pair in options.items() for word in pair)]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
