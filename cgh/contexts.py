@@ -64,7 +64,7 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
 
     Raises:
         TypeError: a bank is not floating point.
-        ValueError: a bank is missing, or its rows are of another width than the embeddings.
+        ValueError: a bank is missing or empty, or its rows are of another width than the embeddings.
     """
     for name in names:
         if name not in memory:
@@ -73,6 +73,10 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
         if len(rows) != 2 or rows[1] != width:
             raise ValueError(
                 f"{owner}[{name!r}] has {width} dimensions and memory[{name!r}] is {rows}; a bank is (size, {width})."
+            )
+        if not rows[0]:
+            raise ValueError(
+                f"memory[{name!r}] is empty: shape {rows}. An image needs at least one other to relate to."
             )
         if not memory[name].is_floating_point():
             raise TypeError(f"memory[{name!r}] is {memory[name].dtype}; a bank is floating point, as embeddings are.")

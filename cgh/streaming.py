@@ -24,8 +24,9 @@ from typing_extensions import override
 
 from cgh.contexts import Banks
 
-BUFFER = {"torch": 4 * 2**20, "triton": 6 * 2**20}
-"""Logits of all queries that are held at a time: 16 MB of float32 on a CPU, so that they stay in its cache."""
+BUFFER = {"torch": 2 * 2**20, "triton": 8 * 2**20}
+"""Logits of all queries that are held at a time: on a CPU 8 MB of float32, which stay in its cache; on CUDA more, so
+that fewer kernels are launched."""
 
 MIN_CHUNK = 1024
 """Rows of a bank read at a time at least: with fewer, rescaling the sums costs more than the products."""
@@ -124,7 +125,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     return [
         Relation(
             rows[number],
-            _Attach.apply(rows[number], logsumexp, means[number, query.bank]) if learns[number] else logsumexp,
+            _Attach.apply(rows[number], logsumexp, means[number, query.bank] if learns[number] else None),
             {name: means[number, name] for name in query.averages},
         )
         for number, (query, logsumexp) in enumerate(zip(queries, logsumexps_and_means, strict=False))
@@ -177,7 +178,13 @@ def _stream(
     buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
     maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
     total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
-    sums = [queries[s].new_zeros(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)]
+    # The sums of a query stand side by side, and those of all queries in one tensor, to be rescaled in one go.
+    places, widths = [], [0] * len(queries)
+    for source, target in zip(sources, targets, strict=True):
+        start, widths[source] = widths[source], widths[source] + banks[target].shape[1]
+        places.append((spans[source], slice(start, widths[source])))
+    sums = queries[0].new_zeros(ends[-1], max(widths))
+    added = torch.zeros_like(sums)
 
     for start in range(0, size, chunk):
         rows = [bank[start : start + chunk].to(products) for bank in banks]
@@ -189,15 +196,15 @@ def _stream(
                 if (centre := centres[number]) is not None:
                     logits[spans[number].start - span.start :][: len(queries[number])] -= centre[start : start + chunk]
             step(logits, maximum[span], total[span], shrink[span], weights[span])
-        for source, target, weighted in zip(sources, targets, sums, strict=True):
-            product = torch.empty_like(weighted)
-            _multiply(weights[spans[source]], rows[target], out=product)
-            torch.addcmul(product, weighted, shrink[spans[source]], out=weighted)
+        for target, place in zip(targets, places, strict=True):
+            _multiply(weights[place[0]], rows[target], out=added[place])
+        torch.addcmul(added, sums, shrink, out=sums)
         del rows  # before the next are converted: one chunk of the banks at a time
 
     logsumexp = (maximum + total.log()).squeeze(1)
+    sums /= total
     return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
-        weighted / total[spans[source]] for source, weighted in zip(sources, sums, strict=True)
+        sums[place].clone(memory_format=torch.contiguous_format) for place in places
     ]
 
 
@@ -243,15 +250,15 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class _Attach(torch.autograd.Function):
-    """A value with the gradient that was computed along with it."""
+    """A value with the gradient that was computed along with it, or None if nothing was to be differentiated."""
 
     @staticmethod
-    def forward(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(rows: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
         return value.clone()
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         rows, _, gradient = inputs
         ctx.save_for_backward(rows, gradient)
 
@@ -263,6 +270,8 @@ class _Attach(torch.autograd.Function):
 
 class _Once(torch.autograd.Function):
     """A gradient that depends on `rows` and cannot be differentiated with respect to them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient: Tensor, rows: Tensor) -> Tensor:

@@ -238,13 +238,16 @@ def test_a_second_derivative_is_refused(criterion: nn.Module) -> None:
         gradient.square().sum().backward()
 
 
-def test_torch_func_grad() -> None:
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+def test_torch_func(criterion: nn.Module) -> None:
     z, t, memory = inputs()
-    for criterion in (cgh.CrossContextLoss(), cgh.InfoNCELoss()):
-        found = torch.func.grad(lambda z, criterion=criterion: criterion(z, t, memory))(
-            {name: x.detach() for name, x in z.items()}
-        )
-        torch.testing.assert_close(list(found.values()), gradients(criterion(z, t, memory), z))
+    expected = gradients(criterion(z, t, memory), z)
+    rows = {name: x.detach() for name, x in z.items()}
+    for transform in (torch.func.grad, torch.func.jacrev):
+        found = transform(lambda z: criterion(z, t, memory))(rows)
+        torch.testing.assert_close(list(found.values()), expected)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda z: criterion(z, t, memory), (rows,), (rows,))
 
 
 class Step(nn.Module):
@@ -287,6 +290,7 @@ def test_a_compiled_step_is_the_eager_one() -> None:
         (lambda bank: bank.long(), TypeError, r"memory\['global'\] is torch.int64; a bank is floating point"),
         (lambda bank: bank.to(torch.complex64), TypeError, r"memory\['global'\] is torch.complex64"),
         (lambda bank: bank[:-1], ValueError, "different lengths"),
+        (lambda bank: bank[:0], ValueError, r"memory\['global'\] is empty: shape \(0, 12\)"),
         (lambda bank: bank[:, :-1], ValueError, r"12 dimensions and memory\['global'\] is \(101, 11\)"),
     ],
 )
