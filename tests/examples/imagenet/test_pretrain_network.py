@@ -1,19 +1,21 @@
-"""What crosses the network in a step: gradients, embeddings, and each rank's share of the shuffled images."""
+"""What crosses the network in a step, and that its sums do not depend on where a run was resumed."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import os
 import socket
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 import cgh
 from tests.distributed.processes import spawn
@@ -26,6 +28,11 @@ pytestmark = [
 ]
 
 IMAGES, SIZE, DIM = 16, 32, 64  # images of a rank, their side, and the width of both embeddings
+
+
+def script() -> ModuleType:
+    sys.path.insert(0, str(EXAMPLE))
+    return importlib.import_module("pretrain")
 
 
 def received() -> int:
@@ -42,8 +49,7 @@ def received() -> int:
 
 def steps(memory_size: int) -> list[int]:
     """Return the bytes received in each step beside the gradients."""
-    sys.path.insert(0, str(EXAMPLE))
-    pretrain = importlib.import_module("pretrain")
+    pretrain = script()
     torch.manual_seed(0)
     model = cgh.CGH(Tiny(), dim=DIM, hidden_dim=16, memory_size=memory_size, image_shape=(3, SIZE, SIZE))
     wrapped, stop = pretrain.wrap(model, SimpleNamespace(compile=False)), pretrain.Stop()
@@ -73,3 +79,28 @@ def test_bytes_beside_the_gradients(tmp_path: Path) -> None:
         for small, large in zip(rank["small"], rank["large"], strict=True):
             assert 0.2 * images < large < images + 2 * embeddings + 4096
             assert abs(large - small) < 2048  # the banks hold 50 MB more
+
+
+def gradients_before_and_after_resuming() -> list[Tensor]:
+    """Return the same step's gradients from a model that has made steps before, and from a copy that has not."""
+    pretrain, rank, config = script(), dist.get_rank(), SimpleNamespace(compile=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(Tiny(), nn.Linear(32, 3000), nn.Linear(3000, 300))  # several of DDP's buckets
+
+    def gradients(wrapped: nn.Module, step: int) -> Tensor:
+        torch.manual_seed(10 * step + rank)
+        wrapped.zero_grad()
+        wrapped(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in wrapped.parameters()])
+
+    wrapped = pretrain.wrap(model, config)
+    for step in range(3):
+        gradients(wrapped, step)
+    resumed = pretrain.wrap(copy.deepcopy(model), config)
+    return [gradients(wrapped, 3), gradients(resumed, 3)]
+
+
+@pytest.mark.slow
+def test_a_resumed_sum_over_three_ranks_has_the_same_bits(tmp_path: Path) -> None:
+    for before, after in spawn(gradients_before_and_after_resuming, 3, tmp_path):
+        assert torch.equal(before, after)
