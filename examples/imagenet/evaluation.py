@@ -135,7 +135,7 @@ def frozen_features(
         about = {
             "weights": weights_digest(config),
             "keys": [config.checkpoint_key, config.encoder_key],
-            "data": plain(config.data),
+            "data": [str(config.data.root), config.data.dataset, str(config.data.subset), len(dataset)],
             "split": split,
             "classes": dataset.classes,
             "view": repr(centre_view(config, backbone)),
@@ -143,7 +143,8 @@ def frozen_features(
         }
         path = config.features / f"{split}.pt" if config.features else None
         if path and _rank_0_says(path.exists()):
-            result[split], _ = load_features(path, about)
+            if rank == 0:
+                result[split], _ = load_features(path, about)
             continue
         result[split] = extract_features(
             backbone,
@@ -171,7 +172,7 @@ def kept_features(config: FeatureEvaluation, splits: Sequence[str]) -> dict[str,
     check_classes({split: about["classes"] for split, (_, about) in loaded.items()})
     (first, of), *others = ((split, about) for split, (_, about) in loaded.items())
     for split, about in others:
-        different = [key for key in of if key != "split" and of[key] != about.get(key)]
+        different = [key for key in ("weights", "keys", "view", "precision") if of.get(key) != about.get(key)]
         if different:
             raise ValueError(
                 f"{config.features} holds {first} and {split} features of different {', '.join(different)}; extract "

@@ -173,5 +173,5 @@ def train_classifier(
 def recipe_of(config: Training) -> dict[str, Any]:
     """Return the part of the configuration that decides what is learnt; the data may have moved."""
     recipe = plain(config) | {"weights": weights_digest(config)}
-    recipe["data"].pop("root")
+    recipe["data"] = {name: recipe["data"][name] for name in ("dataset", "subset", "skip_bad_images")}
     return {name: value for name, value in recipe.items() if name not in ("folder", "device", "workers")}
