@@ -218,7 +218,7 @@ def costs(losses: dict[str, Loss], rows: Inputs, repetitions: int) -> dict[str, 
 
 def product_seconds(batch: int, size: int, dim: int) -> float:
     """Return how long a product of `batch x dim` by `dim x size` takes at the rate of a large square one."""
-    side, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (2048, torch.float32)
+    side, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1024, torch.float32)
     a, b, out = torch.randn(3, side, side, device=DEVICE, dtype=dtype)
     fastest = min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(10))
     return fastest * batch * size * dim / side**3
@@ -300,7 +300,7 @@ def number(x: float) -> str:
 
 def ratio(x: float, base: float) -> str:
     """Return `x / base` for a table."""
-    return "" if math.isnan(x / base) else f"{x / base:.2g}"
+    return f"{x / base:.2g}" if base and not math.isnan(x / base) else ""
 
 
 def main(config: Config) -> None:

@@ -29,7 +29,8 @@ BUFFER = {"torch": 2 * 2**20, "triton": 8 * 2**20}
 that fewer kernels are launched."""
 
 MIN_CHUNK = 1024
-"""Rows of a bank read at a time at least: with fewer, rescaling the sums costs more than the products."""
+"""Rows of a bank are read in multiples of it: fewer at a time, and rescaling the sums costs more than the products; odd
+numbers of them, and a GPU multiplies slowly."""
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -174,7 +175,7 @@ def _stream(
         if numbers
     ]
     size = len(banks[0])
-    chunk = min(size, max(MIN_CHUNK, BUFFER[how] // ends[-1]))
+    chunk = min(size, max(1, BUFFER[how] // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
     buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
     maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
     total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
