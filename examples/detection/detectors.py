@@ -74,9 +74,7 @@ def fpn(
         ValueError: no stages, or not from fine to coarse.
     """
     if not stages or list(stages) != sorted(set(stages)):
-        raise ValueError(
-            f"the stages are {list(stages)}; choose some of {list(STAGES)}, in this order."
-        )
+        raise ValueError(f"the stages are {list(stages)}; choose some of {list(STAGES)}, in this order.")
     strides = _strides(backbone, stages)
     strides.append(2 * strides[-1])  # of the level that the pyramid adds
     pyramid = BackboneWithFPN(

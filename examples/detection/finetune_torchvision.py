@@ -1,6 +1,6 @@
 """Fine-tune a ResNet as torchvision's Faster R-CNN; the defaults are the paper's protocol for VOC 07+12.
 
-python examples/detection/finetune_torchvision.py --folder runs/voc --checkpoint runs/imagenet/checkpoint.pt \
+python examples/detection/finetune_torchvision.py --folder runs/voc --weights runs/imagenet/checkpoint.pt \
     --train VOC2007:trainval VOC2012:trainval --test VOC2007:test
 torchrun --nproc-per-node 8 examples/detection/finetune_torchvision.py --folder runs/coco ...
 """
@@ -54,12 +54,12 @@ class Recipe:
     """Their names; by default those found in the training data."""
     skip_bad_boxes: bool = False
     """Leave out and count the boxes that are outside their image or have no area."""
-    checkpoint: Path | None = None
-    """A ResNet: a checkpoint of pretrain.py, one of the reference implementation, or torchvision's weights."""
+    weights: Path | None = None
+    """A checkpoint of pretrain.py or of the reference implementation, or torchvision's weights (.pth, .safetensors)."""
     arch: str | None = None
-    """torchvision's name of the ResNet; by default what the checkpoint says or shows, and resnet50 without one."""
+    """torchvision's name of the ResNet; by default what the weights say or show, and resnet50 without any."""
     backbone: Literal["pretrained", "frozen", "scratch"] = "pretrained"
-    """Learn on from the checkpoint, keep it as it is, or start the same ResNet from scratch."""
+    """Learn on from the weights, keep them as they are, or start the same ResNet from scratch."""
     detector: Literal["c4", "fpn"] = "c4"
     """Layer3 proposes and layer4 is the head of each box, or a feature pyramid."""
     fpn_stages: tuple[detectors.Stage, ...] = detectors.STAGES
@@ -119,8 +119,8 @@ class Config(Recipe):
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is 1 or more.")
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"--sizes is {self.sizes}; give the shorter side of the images in pixels, one or several.")
-        if self.checkpoint is None and self.backbone != "scratch":
-            raise ValueError(f"--backbone {self.backbone} needs a --checkpoint; --backbone scratch needs none.")
+        if self.weights is None and self.backbone != "scratch":
+            raise ValueError(f"--backbone {self.backbone} needs --weights; --backbone scratch needs none.")
 
 
 class Batches(Sampler[list[int]]):
@@ -156,14 +156,14 @@ def build_model(config: Recipe, num_classes: int) -> FasterRCNN:
     """Return the detector as training starts with it.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it holds no ResNet, or there are no such stages.
+        FileNotFoundError: there are no such weights.
+        ValueError: they are no ResNet's, or there are no such stages.
     """
     torch.manual_seed(config.seed)
-    if config.checkpoint is None:
+    if config.weights is None:
         backbone = cgh.interop.resnet(config.arch or "resnet50")
     else:
-        backbone = cgh.interop.trained_backbone(config.checkpoint, config.arch)
+        backbone = cgh.interop.trained_backbone(config.weights, config.arch)
     resnet = detectors.prepare(backbone, config.backbone)
     options: dict[str, Any] = {
         "min_size": config.sizes,

@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_network_is_refused(finetune: ModuleType, tmp_pa
     path = tmp_path / "vgg.pt"
     torch.save(torchvision.models.squeezenet1_1().state_dict(), path)
     with pytest.raises(ValueError, match=r"fit none of resnet"):
-        finetune.finetune(finetune.Config(**small(tmp_path, checkpoint=path)))
+        finetune.finetune(finetune.Config(**small(tmp_path, weights=path)))
 
 
 @pytest.mark.parametrize("detector", ["fpn", "c4"])
@@ -132,7 +132,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_a_pretrained_one_does_not(
     before = cgh.interop.trained_backbone(weights).state_dict()
     changed = {}
     for backbone in ("frozen", "pretrained"):
-        options = small(tmp_path, checkpoint=weights, backbone=backbone, detector=detector, steps=2, pictures=0)
+        options = small(tmp_path, weights=weights, backbone=backbone, detector=detector, steps=2, pictures=0)
         run = tmp_path / backbone
         finetune.finetune(finetune.Config(**options | {"folder": run, "boxes_per_image": 4, "proposals": 4}))
         after = cgh.checkpoint.load(run / "checkpoint.pt")["model"]
@@ -150,7 +150,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_a_pretrained_one_does_not(
 def test_a_resumed_run_is_as_one_that_never_stopped(
     finetune: ModuleType, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = small(tmp_path, checkpoint=weights)
+    options = small(tmp_path, weights=weights)
     finetune.finetune(finetune.Config(**options))
 
     asked = iter([False, True])
@@ -170,7 +170,7 @@ def test_a_resumed_run_is_as_one_that_never_stopped(
 
 
 def test_another_recipe_needs_another_folder(finetune: ModuleType, tmp_path: Path, weights: Path) -> None:
-    options = small(tmp_path, checkpoint=weights, steps=1, pictures=0)
+    options = small(tmp_path, weights=weights, steps=1, pictures=0)
     finetune.finetune(finetune.Config(**options))
     with pytest.raises(ValueError, match=r"run holds another run: lr was 0.02 and is now 0.5. .* another --"):
         finetune.finetune(finetune.Config(**options | {"lr": 0.5}))
@@ -204,7 +204,7 @@ def test_the_learning_rate_rises_and_steps_down(finetune: ModuleType, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "frozen"}, r"--backbone frozen needs a --checkpoint; --backbone scratch needs none"),
+        ({"backbone": "frozen"}, r"--backbone frozen needs --weights; --backbone scratch needs none"),
         ({"backbone": "scratch", "batch": 0}, r"--batch is 0; it is 1 or more"),
         ({"backbone": "scratch", "sizes": ()}, r"--sizes is \(\); give the shorter side"),
         ({"backbone": "scratch", "device": "cuda"}, r"--device cuda.* but PyTorch .* sees 0 GPU"),
@@ -241,7 +241,7 @@ def test_pictures_show_what_was_found_over_what_is_there(finetune: ModuleType) -
 @pytest.mark.slow
 def test_it_learns_to_detect(finetune: ModuleType, tmp_path: Path, weights: Path) -> None:
     run = tmp_path / "run"
-    options = f"--folder {run} --checkpoint {weights} --detector fpn --fpn-channels 16 --steps 60 --batch 8 --lr 0.04"
+    options = f"--folder {run} --weights {weights} --detector fpn --fpn-channels 16 --steps 60 --batch 8 --lr 0.04"
     options += " --warmup-steps 10 --sizes 64 --boxes-per-image 16 --proposals 50 --workers 0 --evaluate-steps 30"
     options += f" --train {rectangles.coco(tmp_path / 'coco', 40)} --pictures 2"
     options += f" --test {rectangles.voc(tmp_path / 'voc', 'val', 16, seed=200)}"
