@@ -36,6 +36,7 @@ strong_view = nn.Sequential(
     K.RandomAffine(degrees=20, translate=(0.08, 0.08), scale=(0.8, 1.25), shear=(-15, 15, -15, 15), p=1.0),
     K.RandomElasticTransform(kernel_size=(17, 17), sigma=(4.0, 4.0), alpha=(1.5, 1.5), p=1.0),
     K.RandomGamma((0.6, 1.6), p=1.0),
+    K.RandomGaussianNoise(std=0.05, p=1.0),
 )
 weak_view = K.RandomAffine(degrees=6, translate=(0.03, 0.03), scale=(0.9, 1.1), shear=(-3, 3, -3, 3), p=1.0)
 
@@ -44,7 +45,7 @@ weak_view = K.RandomAffine(degrees=6, translate=(0.03, 0.03), scale=(0.9, 1.1), 
 class Config:
     """Learn handwritten digits without their labels."""
 
-    epochs: int = 100
+    epochs: int = 80
     """Passes over the training images, for each method."""
     seed: int = 0
     """Of the networks' start, the order of the images and their views."""
@@ -80,7 +81,7 @@ def method(config: Config, warmup: float = 0.25, **options: Any) -> cgh.CGH:
 def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, infonce: bool = False) -> dict[str, Any]:
     """Train `model`, by its InfoNCE alone if so asked, and return its curves."""
     images, labels = digits()
-    schedule = cgh.LearningRate(base=3e-3, steps=config.epochs * STEPS, warmup_steps=5 * config.epochs * STEPS // 100)
+    schedule = cgh.LearningRate(base=3e-3, steps=config.epochs * STEPS, warmup_steps=config.epochs * STEPS // 20)
     optimizer = torch.optim.AdamW(model.student.parameters(), weight_decay=1e-4)
     curves: dict[str, dict[int, float]] = {"InfoNCE": {}, "relations": {}, "k-NN, %": {}}
     bar = progress.add_task(name, total=config.epochs, now="")
@@ -98,19 +99,20 @@ def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, info
             if output.weights.infonce:
                 curves["InfoNCE"][model.steps] = output.infonce.item()
         if epoch % 5 == 4 or epoch + 1 == config.epochs:
-            curves["k-NN, %"][model.steps] = accuracies(embed(model, images), labels)[0]
+            curves["k-NN, %"][model.steps] = accuracies(embed(model, images)[1], labels)[0]
         now = "  ".join(f"{quantity} {[*curve.values()][-1]:.2f}" for quantity, curve in curves.items() if curve)
         progress.update(bar, advance=1, now=now)
     return {quantity: (list(curve), list(curve.values())) for quantity, curve in curves.items()}
 
 
 @torch.no_grad()
-def embed(model: cgh.CGH, images: Tensor) -> Tensor:
-    """Return the student's embeddings of `images`, those in all contexts side by side."""
+def embed(model: cgh.CGH, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the student's pooled features of `images` and its global embeddings."""
     model.eval()
-    z = torch.cat(list(model.student(images).values()), dim=1)
+    features = model.student.extractor(images)
+    z = model.student.project(features)
     model.train()
-    return z
+    return features.pooled, z["global"]
 
 
 def accuracies(features: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -128,11 +130,12 @@ def accuracies(features: Tensor, labels: Tensor) -> tuple[float, float]:
 def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
     """Train InfoNCE alone, CGH and the `others`, print the table, and write the checkpoint and the pictures of CGH."""
     console, (images, labels) = Console(), digits()
+    # Both are the same network on the same views, and compute the same losses; they differ in what they minimise.
     models = {"InfoNCE alone": method(config, warmup=1.0), "CGH": method(config), **(others or {})}
-    features = {"raw pixels": images.flatten(1), "untrained network": embed(models["CGH"], images)}
+    features = {"raw pixels": images.flatten(1), "untrained network": embed(models["CGH"], images)[0]}
     with Progress("{task.description}", BarColumn(12), "{task.fields[now]}", TimeElapsedColumn()) as progress:
         curves = {n: pretrain(model, config, progress, n, n == "InfoNCE alone") for n, model in models.items()}
-    features |= {name: embed(model, images) for name, model in models.items()}
+    features |= {name: embed(model, images)[1] for name, model in models.items()}
 
     table = Table("", "20 neighbours", "five labels a class")
     for name, x in features.items():

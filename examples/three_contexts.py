@@ -12,9 +12,13 @@ import quickstart
 import tyro
 
 LAYERS = {"shallow": ["layer1", "layer2"], "deep": ["layer3", "layer4"]}
-PAIRS = [("global", "deep"), ("deep", "global"), ("shallow", "deep"), ("deep", "shallow")]  # (learner, guide)
+PAIRS = [("global", "deep"), ("deep", "global"), ("shallow", "deep")]  # (learner, guide)
+STUDENT = {"global": 0.10, "shallow": 0.08, "deep": 0.08}
+TEACHER = {"global": 0.04, "deep": 0.08}
 
 if __name__ == "__main__":
     config = tyro.cli(quickstart.Config, default=quickstart.Config(out=Path("runs/three_contexts")))
-    three = quickstart.method(config, layers=LAYERS, pairs=PAIRS, student_temperature=0.1, teacher_temperature=0.05)
+    three = quickstart.method(
+        config, layers=LAYERS, pairs=PAIRS, student_temperature=STUDENT, teacher_temperature=TEACHER
+    )
     quickstart.main(config, {"CGH, three contexts": three})
