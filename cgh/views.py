@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import RandomResizedCrop  # type: ignore[import-untyped]
-from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
 from typing_extensions import override
 
@@ -33,7 +32,7 @@ JITTER = (0.4, 0.4, 0.4, 0.1)
 """The paper's strengths of brightness, contrast, saturation and hue."""
 
 RATIO = (3 / 4, 4 / 3)
-JITTER_P, GREY_P, BLUR_P = 0.8, 0.2, 0.5
+P = (0.8, 0.2, 0.5)  # of jitter, grey and blur
 SIGMA = (0.1, 2.0)
 KERNEL = 2 * math.ceil(3 * SIGMA[1]) + 1  # three standard deviations a side, at the widest
 WEAK = 1  # where the weak view stands among the views
@@ -161,13 +160,14 @@ class Augmentation(nn.Module):
     """Jitters colours, greys and blurs strong and local views, then normalises all views, a whole batch at once.
 
     The paper's: colour jitter of 0.4, 0.4, 0.4, 0.1 (brightness, contrast, saturation, hue) for 80 % of the images, in
-    an order of each image's own; grey for 20 %; Gaussian blur of 0.1 to 2 pixels for 50 %. As Pillow does it, but
-    without rounding to bytes between the steps. Needs kornia (the extra "examples").
+    an order of each image's own; grey for 20 %; Gaussian blur of 0.1 to 2 pixels for 50 %. What Pillow does, except
+    that nothing is rounded to bytes on the way and that the blur is the Gaussian itself, where Pillow's is made of
+    boxes. Needs kornia (the extra "examples").
 
     Args:
         mean: of the channels, from 0 to 1.
         std: likewise.
-        colour: jitter, grey and blur; without it views are normalised only, for workers that apply `Colour`.
+        colour: jitter, grey and blur; without, views are normalised only, after workers that apply `Colour`.
         blur: blur; small images do better without.
         jitter: strengths of brightness, contrast, saturation and hue.
 
@@ -190,7 +190,7 @@ class Augmentation(nn.Module):
     """
 
     mean: Tensor
-    std: Tensor
+    variance: Tensor
 
     def __init__(
         self,
@@ -203,8 +203,8 @@ class Augmentation(nn.Module):
     ) -> None:
         super().__init__()
         self.colour, self.blur, self.jitter = colour, blur, tuple(jitter)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("variance", torch.tensor(std) ** 2, persistent=False)
         if colour:
             require("kornia", "examples")
 
@@ -219,44 +219,34 @@ class Augmentation(nn.Module):
                 raise TypeError(f"view {i} is {view.dtype}; views are uint8, as they are decoded.")
             if view.ndim != 4 or view.shape[1] != 3:
                 raise ValueError(f"view {i} has shape {tuple(view.shape)}; views are (N, 3, S, S).")
-            x = view.float() / 255
+            x = _planes(view)
             if self.colour and i != WEAK:
-                x = self._distort(x, generator)
-            output.append((x - self.mean) / self.std)
+                self._distort(x, _Draws(len(x), self.jitter, generator))
+            # (x - mean) / std in one pass over the images.
+            output.append(F.batch_norm(x, self.mean, self.variance, eps=0))
         return tuple(output)
 
-    def _distort(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def _distort(self, x: Tensor, draws: _Draws) -> None:
         enhance, filters = require("kornia.enhance", "examples"), require("kornia.filters", "examples")
-        steps = [
+        steps = (
             enhance.adjust_brightness_accumulative,
             enhance.adjust_contrast_with_mean_subtraction,
             enhance.adjust_saturation_with_gray_subtraction,
-            enhance.adjust_hue,
-        ]
-
-        def chance(p: float) -> Tensor:
-            return torch.rand(len(x), generator=generator) < p
-
-        *strengths, hue = self.jitter
-        factors = [_uniform(max(0, 1 - s), 1 + s, len(x), generator=generator) for s in strengths]
-        factors.append(2 * math.pi * _uniform(-hue, hue, len(x), generator=generator))
-        jittered = chance(JITTER_P)
-        order = torch.rand(len(x), len(steps), generator=generator).argsort(dim=1)
-        for turn in order.T:
-            for i, (step, factor) in enumerate(zip(steps, factors, strict=True)):
-                _change(x, jittered & (turn == i), step, factor)
-        _change(x, chance(GREY_P), lambda part: TF.rgb_to_grayscale(part, 3))
+            lambda part, turns: enhance.adjust_hue(part, 2 * math.pi * turns),
+        )
+        for turn in draws.order.T:
+            for i, step in enumerate(steps):
+                _change(x, draws.jitters & (turn == i), step, draws.factors[:, i])
+        _change(x, draws.greys, lambda part: TF.rgb_to_grayscale(part, 3))
         if self.blur:
-            sigma = _uniform(*SIGMA, len(x), generator=generator)[:, None].expand(-1, 2)
-            _change(x, chance(BLUR_P), lambda part, sigma: filters.gaussian_blur2d(part, KERNEL, sigma), sigma)
-        return x
+            sigma = draws.sigma[:, None].expand(-1, 2)
+            _change(x, draws.blurs, lambda part, sigma: filters.gaussian_blur2d(part, KERNEL, sigma), sigma)
 
 
 class Colour:
     """Jitters colours, greys and blurs strong and local views in a loader's workers, where there is no accelerator.
 
-    As `Augmentation` does, which then normalises only (`colour=False`), but by torchvision, image by image, in bytes.
-    Draws from torch's global generator.
+    What `Augmentation` does, which then has to normalise only (`colour=False`). Draws from torch's global generator.
 
     Args:
         blur: blur; small images do better without.
@@ -276,16 +266,82 @@ class Colour:
     """
 
     def __init__(self, *, blur: bool = True, jitter: Sequence[float] = JITTER) -> None:
-        steps = [T.RandomApply([T.ColorJitter(*jitter)], JITTER_P), T.RandomGrayscale(GREY_P)]
-        if blur:
-            steps.append(T.RandomApply([T.GaussianBlur(KERNEL, SIGMA)], BLUR_P))
-        self.distort = T.Compose(steps)
+        self.blur, self.jitter = blur, tuple(jitter)
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(view if i == WEAK else self.distort(view) for i, view in enumerate(views))
+        return tuple(view if i == WEAK else self._distort(view) for i, view in enumerate(views))
+
+    def _distort(self, view: Tensor) -> Tensor:
+        draws = _Draws(1, self.jitter)
+        x = _planes(view)
+        if draws.jitters:
+            steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, _turn_hue)
+            factors = draws.factors[0].tolist()
+            for i in draws.order[0].tolist():
+                x = steps[i](x, factors[i])
+        if draws.greys:
+            x = TF.rgb_to_grayscale(x, 3)
+        if self.blur and draws.blurs:
+            x = _gaussian_blur(x, draws.sigma.item())
+        # By way of int16, because PyTorch converts to bytes one by one.
+        return x.mul(255).add_(0.5).to(torch.int16).to(torch.uint8)
 
 
-def _uniform(low: float, high: float, *shape: int, generator: torch.Generator) -> Tensor:
+class _Draws:
+    """What is drawn for the colours and the blur of `n` images.
+
+    Attributes:
+        jitters, greys, blurs: whether, `(n,)`.
+        factors: of brightness, contrast, saturation, and turns of the hue, `(n, 4)`.
+        order: of these four, `(n, 4)`.
+        sigma: of the blur, in pixels, `(n,)`.
+    """
+
+    def __init__(self, n: int, jitter: Sequence[float], generator: torch.Generator | None = None) -> None:
+        self.jitters, self.greys, self.blurs = (_uniform(0, 1, n, generator=generator) < p for p in P)
+        *strengths, hue = jitter
+        ranges = [(max(0, 1 - strength), 1 + strength) for strength in strengths] + [(-hue, hue)]
+        self.factors = torch.stack([_uniform(*limits, n, generator=generator) for limits in ranges], dim=1)
+        self.order = _uniform(0, 1, n, 4, generator=generator).argsort(dim=1)
+        self.sigma = _uniform(*SIGMA, n, generator=generator)
+
+
+def _planes(view: Tensor) -> Tensor:
+    """Bytes as float32 from 0 to 1, one plane a channel, which is how the arithmetic is fast."""
+    return view.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _turn_hue(x: Tensor, turns: float) -> Tensor:
+    """Turn the hues of an image `(3, H, W)`, to the same result as by way of HSV, in a ninth of the time.
+
+    Hues lie on a hexagon of side `chroma`, with red, green and blue at every second corner. A channel grows as its
+    corner comes nearer: it is `low + clamp(2 chroma - distance, 0, chroma)`. Hence its distance now, to which the turn
+    is added with the sign of the side on which the hue lies.
+    """
+    red, green, blue = x
+    high, low = x.amax(0), x.amin(0)
+    chroma = high - low
+    distance = torch.sub((high + x.sum(0)).sub_(low, alpha=2), x, alpha=2)
+    distance.copysign_(torch.stack([green - blue, blue - red, red - green])).add_(chroma, alpha=6 * turns).abs_()
+    distance = torch.minimum(distance, torch.sub(6 * chroma, distance))
+    return torch.sub(2 * chroma, distance).clamp_min_(0).minimum(chroma).add_(low)
+
+
+def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Blur an image `(3, H, W)`: sums of shifted images, faster than a convolution with so few channels."""
+    radius = math.ceil(3 * sigma)
+    weights = torch.exp(-(torch.arange(radius + 1) ** 2) / (2 * sigma**2))
+    centre, *others = (weights / (2 * weights.sum() - 1)).tolist()
+    for dim, pad in ((1, (0, 0, radius, radius)), (2, (radius, radius, 0, 0))):
+        padded, size = F.pad(x, pad, mode="reflect"), x.shape[dim]
+        x = centre * x
+        for i, weight in enumerate(others, start=1):
+            for shifted in (radius - i, radius + i):
+                x.add_(padded.narrow(dim, shifted, size), alpha=weight)
+    return x
+
+
+def _uniform(low: float, high: float, *shape: int, generator: torch.Generator | None) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 

@@ -131,7 +131,7 @@ class Batches:
         return len(self.bad)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Yield the batches from `start_step` on: views uint8 `(N, 3, S, S)`, channels last, and labels `(N,)`."""
+        """Yield the batches from `start_step` on: views uint8 `(N, 3, S, S)`, and labels `(N,)`."""
         order = self._order(epoch)[: self.steps_per_epoch * self.batch * self.world_size]
         mine = rearrange(order, "(step image rank) -> rank step image", image=self.batch, rank=self.world_size)[
             self.rank
@@ -160,7 +160,8 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
         epoch, index = item
         image, label, bad = self.images.load(index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, epoch, index))
+            # This generator alone: torch.manual_seed remembers every call for devices that are not in use.
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
             return self.crops(image), label, bad
 
 
@@ -177,9 +178,14 @@ def _mix(*numbers: int) -> int:
 
 def _collate(items: list[tuple[tuple[Tensor, ...], int, list[int]]]) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:
     views, labels, bad = zip(*items, strict=True)
-    # Crops lie channels last, so that stacking them so is a plain copy, and the network wants them so.
-    batches = [torch.stack([rearrange(x, "c h w -> h w c") for x in view]) for view in zip(*views, strict=True)]
-    return tuple(rearrange(x, "n h w c -> n c h w") for x in batches), torch.tensor(labels), [*chain(*bad)]
+    return tuple(_stack(view) for view in zip(*views, strict=True)), torch.tensor(labels), [*chain(*bad)]
+
+
+def _stack(views: tuple[Tensor, ...]) -> Tensor:
+    """Stack views as they lie in memory, channels last if they are crops: it is then a plain copy."""
+    if views[0].is_contiguous():
+        return torch.stack(views)
+    return rearrange(torch.stack([rearrange(x, "c h w -> h w c") for x in views]), "n h w c -> n c h w")
 
 
 class Images(Dataset[tuple[Any, int]]):

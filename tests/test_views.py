@@ -1,0 +1,226 @@
+"""The paper's views: what torchvision and Pillow make, at the rates and strengths of the paper, image by image."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import v2 as T
+from torchvision.transforms.v2 import functional as TF
+
+from cgh import views
+from cgh.extras import require
+
+
+@pytest.fixture(autouse=True)
+def _kornia() -> None:
+    pytest.importorskip("kornia")
+
+
+def photographs(n: int, side: int = 32, seed: int = 0) -> Tensor:
+    """Smooth, colourful bytes `(n, 3, side, side)`."""
+    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, side, mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round().to(torch.uint8)
+
+
+def undone(view: Tensor) -> Tensor:
+    """A normalised view, back from 0 to 1."""
+    return view * torch.tensor(views.IMAGENET_STD).view(3, 1, 1) + torch.tensor(views.IMAGENET_MEAN).view(3, 1, 1)
+
+
+def strong_of(images: Tensor, seed: int = 0, **options: object) -> Tensor:
+    return undone(views.Augmentation(**options)([images, images], seed)[0])  # type: ignore[arg-type]
+
+
+# Crops
+
+
+def test_crops_are_torchvisions_bit_for_bit() -> None:
+    image = photographs(1, 200)[0, :, :150]
+    torch.manual_seed(3)
+    ours = views.Crops(64)(image)
+    torch.manual_seed(3)
+    for view in ours:
+        top, left, height, width = T.RandomResizedCrop(64, (0.2, 1.0)).make_params([image]).values()
+        expected = TF.resized_crop(image, top, left, height, width, [64, 64], antialias=True)
+        flipped = torch.rand(()) < 0.5
+        assert torch.equal(view, expected.flip(-1) if flipped else expected)
+
+
+def test_crops_have_the_papers_sizes_and_areas() -> None:
+    ramp = torch.linspace(0, 255, 256).to(torch.uint8)
+    image = torch.stack([ramp.expand(256, -1), ramp[:, None].expand(-1, 256), torch.zeros(256, 256, dtype=torch.uint8)])
+    crops = views.Crops(224, local_sizes=(96,), local_scales=((0.086, 0.429),))
+    areas, flips = [], 0
+    for _ in range(200):
+        seen = crops(image)
+        spans = [view[:2].float().amax((1, 2)) - view[:2].float().amin((1, 2)) + 1 for view in seen]
+        areas.append([(span / 256).prod().item() for span in spans])
+        flips += int(seen[0][0, 0, 0] > seen[0][0, 0, -1])
+    strong, weak, local = torch.tensor(areas).T
+    for area, low, high in ((strong, 0.2, 1.0), (weak, 0.2, 1.0), (local, 0.086, 0.429)):
+        assert low - 0.02 < area.min() < low + 0.1
+        assert high - 0.15 < area.max() < high + 0.02
+    assert 70 < flips < 130
+    assert [view.shape[-1] for view in views.Crops(**views.MULTI_CROP)(image)] == [224, 224, 192, 160, 128, 96]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "a view of 0 pixels"),
+        ({"scale": (0.2, 1.2)}, "from 0.2 to 1.2 of the area"),
+        ({"scale": (0.5, 0.2)}, "from 0.5 to 0.2 of the area"),
+        ({"local_sizes": (96,)}, "1 local_sizes and 0 local_scales"),
+    ],
+)
+def test_crops_that_are_none(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        views.Crops(**options)  # type: ignore[arg-type]
+
+
+def test_batch_crops_cut_each_image_by_itself() -> None:
+    ramp = torch.linspace(0, 255, 64).to(torch.uint8)
+    image = torch.stack([ramp.expand(64, -1), ramp[:, None].expand(-1, 64), torch.zeros(64, 64, dtype=torch.uint8)])
+    images = image.expand(400, -1, -1, -1)
+    strong, weak = views.BatchCrops(32)(images, seed=0)
+    assert strong.shape == weak.shape == (400, 3, 32, 32)
+    crop = T.RandomResizedCrop(32, (0.2, 1.0))
+    boxes = [crop.make_params([image]) for _ in range(400)]
+    theirs = torch.tensor([box["height"] * box["width"] / 64**2 for box in boxes])
+    for view in (strong, weak):
+        # Pixel centres span the crop less one of its 32 pixels.
+        spans = (view[:, :2].amax((2, 3)).float() - view[:, :2].amin((2, 3))) / 255 * 63 / 64 * 32 / 31
+        area, ratio = spans.prod(dim=1), spans[:, 0] / spans[:, 1]
+        assert 0.18 < area.min() < 0.25
+        assert 0.9 < area.max() <= 1.05
+        assert area.mean() == pytest.approx(theirs.mean().item(), abs=0.04)
+        assert 0.7 < ratio.min() < 0.8
+        assert 1.25 < ratio.max() < 1.45
+        assert len(view.unique(dim=0)) == 400
+        assert 150 < (view[:, 0, 0, 0] > view[:, 0, 0, -1]).sum() < 250
+    assert not torch.equal(strong, weak)
+    again = views.BatchCrops(32)(images, seed=0)
+    assert torch.equal(strong, again[0])
+    assert torch.equal(weak, again[1])
+
+
+def test_a_batch_crop_of_everything_is_the_image() -> None:
+    images = photographs(8)
+    for view in views.BatchCrops(32, scale=(1.0, 1.0))(images, seed=0):
+        for seen, image in zip(view, images, strict=True):
+            assert torch.equal(seen, image) or torch.equal(seen, image.flip(-1))
+
+
+# Colours and blur
+
+
+def test_the_weak_view_is_normalised_and_no_more() -> None:
+    images = photographs(4)
+    _, weak = views.Augmentation()([images, images], seed=0)
+    expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), views.IMAGENET_MEAN, views.IMAGENET_STD)
+    assert torch.allclose(weak, expected, atol=1e-5)
+    plain, _ = views.Augmentation(colour=False)([images, images], seed=0)
+    assert torch.equal(plain, weak)
+
+
+def test_a_seed_decides_and_nothing_else() -> None:
+    images, augment = photographs(16), views.Augmentation()
+    state = torch.get_rng_state()
+    first = augment([images, images, images], seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, augment([images, images, images], seed=1), strict=True))
+    assert not torch.equal(first[0], augment([images, images], seed=2)[0])
+    assert not torch.equal(first[0], first[2])  # local views have draws of their own
+
+
+def test_rates_are_the_papers() -> None:
+    n = 2000
+    images = photographs(1, 16).expand(n, -1, -1, -1)
+    original = images[0] / 255
+    strong = strong_of(images, blur=False)
+    grey = (strong.amax(1) - strong.amin(1)).amax((1, 2)) < 1e-3
+    assert grey.float().mean() == pytest.approx(0.2, abs=0.03)
+    same = (strong - original).abs().amax((1, 2, 3)) < 1e-3
+    assert same.float().mean() == pytest.approx(0.2 * 0.8, abs=0.03)  # neither jittered nor grey
+    assert len(strong[~same].unique(dim=0)) > 0.75 * n  # each by factors of its own
+
+    sharp = strong_of(images, blur=False, jitter=(0, 0, 0, 0))
+    blurred = (strong_of(images, jitter=(0, 0, 0, 0)) - sharp).abs().amax((1, 2, 3)) > 1e-3
+    assert 0.42 < blurred.float().mean() < 0.5  # of the half, one in twelve by too little to be seen
+
+
+@pytest.mark.parametrize(("strength", "at"), [(0.4, 0), (0.4, 1), (0.4, 2), (0.1, 3)])
+def test_each_jitter_is_torchvisions_within_its_strength(strength: float, at: int) -> None:
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[at]
+    jitter = [0.0] * 4
+    jitter[at] = strength
+    images = photographs(64)
+    strong = strong_of(images, blur=False, jitter=jitter)
+    colourful = (strong.amax(1) - strong.amin(1)).amax((1, 2)) > 1e-3
+    neutral = 0.0 if at == 3 else 1.0
+    factors = neutral + strength * torch.linspace(-1, 1, 101)
+    errors = torch.stack([(adjust(images / 255, factor) - strong).abs().amax((1, 2, 3)) for factor in factors.tolist()])
+    assert errors[:, colourful].amin(0).max() < 0.015
+    best = factors[errors[:, colourful].argmin(0)]
+    assert best.min() < neutral - 0.8 * strength
+    assert best.max() > neutral + 0.8 * strength
+
+
+def test_the_order_of_the_jitters_is_each_images_own() -> None:
+    order = views._Draws(2400, views.JITTER).order
+    kinds, counts = order.unique(dim=0, return_counts=True)
+    assert len(kinds) == 24
+    assert counts.min() > 60
+
+
+def test_the_workers_colours_are_those_of_the_device() -> None:
+    for seed in range(40):
+        image = photographs(1, 48, seed)[0]
+        torch.manual_seed(seed)
+        ours, untouched = views.Colour()([image, image])
+        assert torch.equal(untouched, image)
+        assert ours.dtype == torch.uint8
+        device = strong_of(image[None], seed)[0]
+        # Half a byte from rounding, and the device's kernel ends at the same distance for every sigma.
+        assert (ours / 255 - device).abs().amax() < 0.6 / 255 + 0.004
+
+
+def test_hues_turn_as_in_hsv() -> None:
+    image = torch.rand(3, 32, 32)
+    image[:, :4] = image[:1, :4]  # grey
+    image[1, 4:8] = image[0, 4:8]
+    image[:, 8:12] = image[:, 8:12].round()  # corners of the cube
+    for turns in (-0.5, -0.1, 0.0, 0.07, 0.1, 0.3, 0.5):
+        assert torch.allclose(views._turn_hue(image, turns), TF.adjust_hue(image, turns), atol=1e-5)
+    red = views._turn_hue(torch.tensor([1.0, 0.25, 0.25]).view(3, 1, 1), 0.1).flatten().tolist()
+    assert colorsys.rgb_to_hsv(*red) == pytest.approx((0.1, 0.75, 1.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_the_blur_is_pillows(sigma: float) -> None:
+    image = photographs(1, 64)[0]
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
+    expected = torch.from_numpy(np.array(pillow)).permute(2, 0, 1) / 255
+    ours = views._gaussian_blur(image / 255, sigma)
+    kornia = require("kornia.filters", "examples").gaussian_blur2d(
+        image[None] / 255, views.KERNEL, torch.tensor([[sigma, sigma]])
+    )[0]
+    inside = (slice(None), slice(8, -8), slice(8, -8))  # Pillow extends the border where we mirror it
+    assert (ours - expected)[inside].abs().amax() < 3 / 255
+    assert (ours - kornia).abs().amax() < 0.002
+
+
+def test_views_that_are_none() -> None:
+    augment = views.Augmentation()
+    with pytest.raises(TypeError, match=r"view 0 is torch.float32; views are uint8"):
+        augment([torch.rand(2, 3, 8, 8)], seed=0)
+    with pytest.raises(ValueError, match=r"view 1 has shape \(3, 8, 8\)"):
+        augment([photographs(1, 8), photographs(1, 8)[0]], seed=0)
