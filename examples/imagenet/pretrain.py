@@ -127,7 +127,7 @@ class Config(Recipe):
     knn_k: int = 20
     """Neighbours that vote."""
     profile: bool = False
-    """Write trace.json.gz of steps 13 to 17, for chrome://tracing or ui.perfetto.dev."""
+    """Write trace.json.gz of the eighth to the twelfth step, for chrome://tracing or ui.perfetto.dev."""
 
 
 class Pretraining:
@@ -294,6 +294,8 @@ class Pretraining:
 
     def close(self, finished: bool) -> None:
         """Draw the curves, at the end, and say how the run ended."""
+        if self.batches.bad_images:
+            print(f"rank {self.rank} left out {self.batches.bad_images} images that cannot be decoded", flush=True)
         if self.log:
             self.log.close()
             if finished and read(self.run.folder):
@@ -427,7 +429,7 @@ def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank) -> dict[str, float]:
 def profiler(folder: Path) -> torch.profiler.profile:
     """Return a profiler that writes `trace.json.gz` of five steps, once the run is warm."""
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=10, warmup=2, active=5, repeat=1),
+        schedule=torch.profiler.schedule(wait=5, warmup=2, active=5, repeat=1),
         on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / "trace.json.gz")),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    run([*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1"], folder / "output.txt")
+    run([*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1", "--profile"], folder / "output.txt")
     return folder
 
 
@@ -38,6 +39,9 @@ def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> 
     state = trained(whole)
     assert (state["epoch"], state["step"], state["model"]["_extra_state"].item()) == (2, 16, 16)
     assert (whole / "curves.png").stat().st_size > 10_000
+    with gzip.open(whole / "trace.json.gz") as file:
+        events = {event["name"] for event in json.load(file)["traceEvents"]}
+    assert {f"ProfilerStep#{step}" for step in range(7, 12)} | {"aten::convolution"} <= events
 
     rows = figures(whole)
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16]
