@@ -381,9 +381,14 @@ def table(out: Path) -> None:
             curves[titles[name]] = _curves([list(csv.DictReader(path.open())) for path in paths])
     if curves:
         figure = plot.curves(curves)
-        for axes in figure.axes:
+        for axes, quantity in zip(figure.axes, QUANTITIES, strict=True):
             axes.set_xlabel("epoch")
-        figure.savefig(out / "curves.png", dpi=150)
+            for name in BASELINES.keys() & runs:
+                level = statistics.mean(r[quantity] for r in runs[name])
+                axes.axhline(level, color=plot.QUIET, linestyle=":")
+                corner = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate(BASELINES[name], (0.99, level), color=plot.QUIET, fontsize=9, **corner)
+        plot.save(figure, out / "curves.png")
 
 
 def write(path: Path, text: str) -> None:
