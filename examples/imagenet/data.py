@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import tarfile
+import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
+from webdataset.tariterators import group_by_keys
 
 Split = Literal["train", "unlabelled", "val"]
 
@@ -133,10 +135,8 @@ class Batches:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Yield the batches from `start_step` on: views uint8 `(N, 3, S, S)`, and labels `(N,)`."""
         order = self._order(epoch)[: self.steps_per_epoch * self.batch * self.world_size]
-        mine = rearrange(order, "(step image rank) -> rank step image", image=self.batch, rank=self.world_size)[
-            self.rank
-        ]
-        self._steps[:] = [[(epoch, index) for index in step] for step in mine[start_step:].tolist()]
+        ranks = rearrange(order, "(step image rank) -> rank step image", image=self.batch, rank=self.world_size)
+        self._steps[:] = [[(epoch, index) for index in step] for step in ranks[self.rank, start_step:].tolist()]
         for views, labels, bad in self._loader:
             self.bad.update(bad)
             yield views, labels
@@ -267,34 +267,66 @@ class Files:
 
 
 class Shards:
-    """Images in tar files, each found by an index of the headers and one read away."""
+    """Images in tar files, any of them one read away by an index of the headers that is kept beside them.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    Args:
+        paths: the tar files.
+        index: where the index is kept, if the folder may be written to.
+    """
+
+    def __init__(self, paths: Sequence[Path], index: Path) -> None:
         self.paths = paths
-        with ThreadPoolExecutor() as pool:
-            shards = list(pool.map(self._index, paths))
-        samples = [sample for shard in shards for sample in shard]
-        self.names = np.array([name.encode() for name, *_ in samples], dtype=np.bytes_)
-        self.extents = torch.tensor([extent for _, extent, _ in samples]).view(-1, 2)
-        self.labels = torch.tensor([label for *_, label in samples])
-        self.shard = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(shard) for shard in shards]))
+        state = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+        rows: dict[str, np.ndarray] = {}
+        if index.exists():
+            with np.load(index) as kept:
+                rows = dict(kept)
+        if not np.array_equal(rows.get("state", 0), state):
+            with ThreadPoolExecutor() as pool:
+                shards = list(pool.map(self._samples, paths))
+            names, extents, labels = zip(*chain(*shards), strict=True) if any(shards) else ((), (), ())
+            rows = {
+                "state": state,
+                "names": np.array([name.encode() for name in names], dtype=np.bytes_),
+                "extents": np.array(extents, dtype=np.int64).reshape(-1, 2),
+                "labels": np.array(labels, dtype=np.int64),
+                "shard": np.repeat(np.arange(len(paths)), [len(shard) for shard in shards]),
+            }
+            self._save(index, rows)
+        self.names, self.extents = rows["names"], rows["extents"]
+        self.labels, self.shard = torch.from_numpy(rows["labels"]), torch.from_numpy(rows["shard"])
 
     @staticmethod
-    def _index(path: Path) -> list[tuple[str, tuple[int, int], int]]:
+    def _samples(path: Path) -> list[tuple[str, tuple[int, int], int]]:
         """Name, (offset, size) and label of every sample: the files of one name, as webdataset has it."""
-        from webdataset.tariterators import group_by_keys
-
         samples = []
-        with tarfile.open(path) as tar, path.open("rb") as file:
-            members = ((m.name, (m.offset_data, m.size)) for m in tar if m.isfile())
-            for sample in group_by_keys({"fname": n, "data": extent, "__url__": str(path)} for n, extent in members):
-                for suffix in FORMATS:
-                    if suffix[1:] in sample:
-                        offset, size = sample.get("cls", (0, 0))
-                        file.seek(offset)
-                        label = int(file.read(size) or -1)
-                        samples.append((sample["__key__"] + suffix, sample[suffix[1:]], label))
+        try:
+            with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+                members = (
+                    {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
+                    for member in tar
+                    if member.isfile()
+                )
+                for sample in group_by_keys(members):
+                    for suffix in FORMATS:
+                        if suffix[1:] in sample:
+                            offset, size = sample.get("cls", (0, 0))
+                            file.seek(offset)
+                            label = int(file.read(size) or -1)
+                            samples.append((sample["__key__"] + suffix, sample[suffix[1:]], label))
+        except (tarfile.TarError, ValueError) as error:
+            raise ValueError(f"{path} is no uncompressed tar file of images with .cls labels: {error}") from error
         return samples
+
+    @staticmethod
+    def _save(index: Path, rows: dict[str, np.ndarray]) -> None:
+        partial = index.with_name(f".{index.stem}-{uuid.uuid4().hex}.npz")
+        try:
+            np.savez(partial, **rows)
+            partial.replace(index)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            warnings.warn(f"{index} cannot be written, so every start reads all headers: {error}", stacklevel=2)
 
     def load(self, index: int) -> Tensor:
         path, (offset, size) = self.paths[int(self.shard[index])], self.extents[index].tolist()
@@ -378,8 +410,9 @@ def _shards(root: Path, split: Split) -> Found:
     paths = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
     if not paths:
         _fail(root, split, f"{name}/*.tar or *{name}*.tar")
-    shards = Shards(paths)
-    return Found(shards, shards.labels, [str(label) for label in range(int(shards.labels.max()) + 1)])
+    shards = Shards(paths, root / f"{name}-index.npz")
+    count = int(shards.labels.max()) + 1 if len(shards.labels) else 0
+    return Found(shards, shards.labels, [str(label) for label in range(count)])
 
 
 def _subset(

@@ -166,6 +166,25 @@ def test_tar_shards(tmp_path: Path) -> None:
         assert torch.equal(data[i][0], pixels(picture(i)))
 
 
+def test_the_index_of_shards_is_kept_and_follows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data
+
+    before = load(make_shards(tmp_path), "train", "webdataset")
+    assert (tmp_path / "train-index.npz").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Shards, "_samples", None)
+        again = load(tmp_path, "train", "webdataset")
+    assert all(torch.equal(again[i][0], before[i][0]) for i in range(12))
+    (tmp_path / "train" / "000.tar").unlink()
+    assert len(load(tmp_path, "train", "webdataset")) == 8
+
+
+def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train-0.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(ValueError, match=r"train-0.tar is no uncompressed tar file of images"):
+        load(tmp_path, "train", "webdataset")
+
+
 def test_shards_as_webdataset_writes_them(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "my-train-0.tar")) as writer:
