@@ -386,8 +386,8 @@ def table(out: Path) -> None:
             for name in BASELINES.keys() & runs:
                 level = statistics.mean(r[quantity] for r in runs[name])
                 axes.axhline(level, color=plot.QUIET, linestyle=":")
-                corner = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-                axes.annotate(BASELINES[name], (0.99, level), color=plot.QUIET, fontsize=9, **corner)
+                place = axes.get_yaxis_transform()
+                axes.text(0.99, level, BASELINES[name], ha="right", va="bottom", color=plot.QUIET, transform=place)
         plot.save(figure, out / "curves.png")
 
 
