@@ -284,6 +284,7 @@ def grow(config: Config, rows: Inputs) -> tuple[Table, Figure]:
                 "memory, MB": ([size for size, _ in points], [cost.megabytes for _, cost in points]),
             }
             for name, points in curves.items()
+            if points
         }
     )
     for axes in figure.axes:
@@ -295,7 +296,7 @@ def grow(config: Config, rows: Inputs) -> tuple[Table, Figure]:
 
 def number(x: float) -> str:
     """Return `x` for a table."""
-    return "not run" if math.isnan(x) else f"{x:,.1f}"
+    return "not measured" if math.isnan(x) else f"{x:,.1f}"
 
 
 def ratio(x: float, base: float) -> str:
@@ -319,7 +320,6 @@ def main(config: Config) -> None:
     console.print(compare(config, rows))
     table, figure = grow(config, rows)
     console.print(table)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     plot.save(figure, config.out)
     console.print(f"picture: {config.out}")
 

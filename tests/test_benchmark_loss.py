@@ -56,5 +56,5 @@ def test_prints_tables_and_draws_a_picture(
         assert words in table
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in growth.splitlines() if line.startswith("│")]
     assert [row[:2] for row in rows] == [["8", "50"], ["8", "128"], ["4", "100"]]
-    assert [row[3] == "not run" for row in rows] == [False, True, False]
+    assert [row[3] == "not measured" for row in rows] == [False, True, False]
     assert picture.read_bytes().startswith(b"\x89PNG")
