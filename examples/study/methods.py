@@ -51,7 +51,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched for on held-out training images. Temperatures are the paper's; a hypercolumn's are of all."""
+    """What is searched for on held-out training images; the paper's temperatures, and what is usual for CIFAR else."""
 
     learning_rate: float = 0.06
     """For a batch of 256; in proportion for others."""
@@ -63,12 +63,23 @@ class Settings:
     infonce_temperature: float = 0.2
     student_global: float = 0.10
     student_hypercolumn: float = 0.08
+    """Of every context but the global one; likewise the teacher's."""
     teacher_global: float = 0.04
     teacher_hypercolumn: float = 0.08
 
 
 class Learner(nn.Module):
     """Student, teacher, memory and losses of a method.
+
+    Args:
+        method: what is learned from what.
+        settings: temperatures and the like.
+        steps: of the whole training.
+        size: side of the views in pixels.
+        width: channels of the network's first stage.
+        dim: of the embeddings.
+        hidden: width inside the heads.
+        seed: of the memory's start. The weights draw from torch's global generator.
 
     Shape:
         strong and weak views `(N, 3, S, S)` -> the loss and the teacher's embeddings; call `update` with these after
@@ -81,7 +92,7 @@ class Learner(nn.Module):
         super().__init__()
         self.contexts = method.contexts
         features = cgh.HypercolumnExtractor(resnet18(width), method.hypercolumns)
-        # Where a method has one context, the other's head is there, unused: all start from the same weights.
+        # A method of one context has the other's head too, unused, so that all start from the same weights.
         self.student = cgh.ContextEncoder(features, dim, hidden, image_shape=(3, size, size))
         self.teacher = cgh.EMATeacher(self.student, settings.momentum)
         self.memory = cgh.MemoryBank(dict.fromkeys(method.contexts, dim), settings.memory_size, seed=seed)
