@@ -8,6 +8,7 @@ torchrun --nproc-per-node 8 examples/detection/finetune_torchvision.py --folder 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import signal
@@ -176,24 +177,29 @@ def build_model(config: Recipe, num_classes: int) -> FasterRCNN:
     return detectors.fpn(resnet, num_classes, config.fpn_stages, config.fpn_channels, **options)
 
 
-augment = T.Compose([T.RandomHorizontalFlip(), T.ToDtype(torch.float32, scale=True)])
+flip = T.RandomHorizontalFlip()
 
 
 def losses_of(model: nn.Module, batch: list[Item], device: torch.device) -> dict[str, Tensor]:
     """Return the four losses of a batch; boxes around crowds are not learned from."""
     images, targets = [], []
-    for image, target in map(augment, batch):
+    for image, target in itertools.starmap(flip, batch):
         alone = ~target["crowd"]
-        images.append(image.as_subclass(Tensor).to(device))
+        images.append(as_input(image, device))
         boxes = target["boxes"].as_subclass(Tensor)
         targets.append({"boxes": boxes[alone].to(device), "labels": target["labels"][alone].to(device)})
     losses: dict[str, Tensor] = model(images, targets)
     return losses
 
 
+def as_input(image: Tensor, device: torch.device) -> Tensor:
+    """Return a uint8 image as the detectors take it, 0 to 1, on their device."""
+    return image.as_subclass(Tensor).to(device).float() / 255
+
+
 def detect(model: FasterRCNN, image: Tensor, device: torch.device) -> dict[str, Tensor]:
     """Return the boxes `(n, 4)`, labels `(n,)` from 1 on and scores `(n,)` found in a uint8 image, on the CPU."""
-    [found] = model([image.as_subclass(Tensor).to(device).float() / 255])
+    [found] = model([as_input(image, device)])
     return {name: x.cpu() for name, x in found.items()}
 
 
