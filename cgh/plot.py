@@ -54,7 +54,7 @@ def curves(runs: Mapping[str, Mapping[str, tuple[Numbers, Numbers]]], window: in
     """
     quantities = list(dict.fromkeys(quantity for run in runs.values() for quantity in run))
     if not quantities or window < 1:
-        raise ValueError(f"runs holds the quantities {quantities} and window is {window}; draw one or more, over 1 up.")
+        raise ValueError(f"runs have the quantities {quantities} and window is {window}; each is one or more.")
     columns = min(len(quantities), 3)
     rows = -(-len(quantities) // columns)
     figure, panels = _figure(rows, columns, width=3.3, height=2.5)
@@ -183,7 +183,7 @@ def relation_matrix(
     """
     shapes = {name: tuple(p.shape) for name, p in relations.items()}
     shape = next(iter(shapes.values()), ())
-    if len(set(shapes.values())) != 1 or len(shape) != 2 or not 0 < shape[1] <= MOST_COLUMNS:
+    if len(set(shapes.values())) != 1 or len(shape) != 2 or not shape[0] or not 0 < shape[1] <= MOST_COLUMNS:
         raise ValueError(
             f"relations are {shapes}; give one context or more, all (N, K) with K from 1 to {MOST_COLUMNS}, such as "
             "relations[:, :1000] of the memory."
@@ -425,4 +425,6 @@ def _unit(features: Tensor, count: int, model: str) -> Tensor:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
+    if classes is not None and label >= len(classes):
+        raise ValueError(f"classes has {len(classes)} names and a label is {label}; give every class from 0 its name.")
     return str(label) if classes is None else classes[label]

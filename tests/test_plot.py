@@ -148,7 +148,7 @@ def bad(*shape: int, value: float = 0.5) -> Tensor:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plot.curves({}), "draw one or more"),
+        (lambda: plot.curves({}), "each is one or more"),
         (lambda: plot.curves({"run": {"loss": ([0], [1.0])}}, window=0), "window is 0"),
         (lambda: plot.curves({"run": {"loss": ([0, 1], [1.0])}}), r"'loss' of run 'run' has steps of shape \(2,\)"),
         (lambda: eight(queries=GREY[:2] - 1), "from -1 to -0.6"),
@@ -157,6 +157,8 @@ def bad(*shape: int, value: float = 0.5) -> Tensor:
         (lambda: eight(labels=([0], [0, 1, 0, 1])), r"labels of the queries are torch.int64 of shape \(1,\)"),
         (lambda: eight(labels=([0.5, 1], [0, 1, 0, 1])), "they are 2 integers from 0"),
         (lambda: eight(features={"model": (torch.eye(3), torch.eye(4))}), r"'model' have shape \(3, 3\)"),
+        (lambda: eight(classes=["cat"]), "classes has 1 names and a label is 1"),
+        (lambda: plot.relation_matrix({"global": bad(0, 3)}), "give one context or more"),
         (lambda: plot.relation_matrix({}), "give one context or more"),
         (lambda: plot.relation_matrix({"global": bad(2, 3), "deep": bad(2, 4)}), r"'deep': \(2, 4\)"),
         (lambda: plot.relation_matrix({"global": bad(2, 3, value=2)}), "'global' holds 2 to 2"),
