@@ -92,16 +92,15 @@ def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     path = folder / "log.csv"
     if not path.is_file():
         raise ValueError(f"{folder} has no log.csv; name the --folder of a run of pretrain.py.")
-    curves: dict[str, tuple[list[int], list[float]]] = {}
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            step = int(row.pop("step"))
+        reader = csv.DictReader(file)
+        curves: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in reader.fieldnames or ()}
+        for row in reader:
             for name, value in row.items():
                 if value:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(float(value))
-    return curves
+                    curves[name][0].append(int(row["step"]))
+                    curves[name][1].append(float(value))
+    return {name: curve for name, curve in curves.items() if curve[0] and name != "step"}
 
 
 class Clock:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,16 @@ def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> 
     board = EventAccumulator(str(whole)).Reload()
     for name in ("loss/total", "knn/top1", "time/waiting_for_data"):
         assert len(board.Scalars(name)) == (2 if name == "knn/top1" else 8)
+
+
+def test_curves_of_several_runs(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    shutil.copy(whole / "log.csv", tmp_path / "other")
+    command = [sys.executable, EXAMPLE / "plot.py", whole, tmp_path / "other", "--out", tmp_path / "curves.png"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == str(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > (whole / "curves.png").stat().st_size
+    failed = subprocess.run([*command[:2], tmp_path], capture_output=True, text=True)
+    assert f"{tmp_path} has no log.csv; name the --folder of a run" in failed.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
