@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from matplotlib import colormaps
 from matplotlib.font_manager import findfont
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 SIDE = 640  # pixels: the longer side is at least this, so that the words can be read
 SCORE = 0.5  # what is drawn of the detections
-FONT = findfont("DejaVu Sans")
+FONT = ImageFont.truetype(findfont("DejaVu Sans"), size=13)
 TRUTH = (255, 255, 255)
 
 
@@ -46,15 +47,13 @@ def draw(
     if len(truth_boxes):
         picture = draw_bounding_boxes(picture, scale * truth_boxes, colors=TRUTH, width=5)
     seen = scores >= SCORE
-    if seen.any():
-        found = labels[seen].tolist()
-        picture = draw_bounding_boxes(
-            picture,
-            scale * boxes[seen],
-            labels=[f"{classes[label]} {score:.2f}" for label, score in zip(found, scores[seen].tolist(), strict=True)],
-            colors=[palette[label] for label in found],
-            width=2,
-            font=FONT,
-            font_size=12,
-        )
-    return picture
+    if not seen.any():
+        return picture
+    boxes, found = scale * boxes[seen], labels[seen].tolist()
+    picture = draw_bounding_boxes(picture, boxes, colors=[palette[label] for label in found], width=2)
+    canvas = to_pil_image(picture)
+    pen = ImageDraw.Draw(canvas)
+    for (left, top, *_), label, score in zip(boxes.tolist(), found, scores[seen].tolist(), strict=True):
+        word = f"{classes[label]} {score:.2f}"
+        pen.text((left + 4, top + 2), word, palette[label], FONT, stroke_width=2, stroke_fill=TRUTH)
+    return pil_to_tensor(canvas)
