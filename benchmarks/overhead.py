@@ -95,12 +95,14 @@ def parts(model: cgh.CGH, strong: Tensor, weak: Tensor) -> dict[str, Callable[[]
 
 def seconds(run: Callable[[], object]) -> float:
     """Return how long `run` takes, the device's part included."""
-    if ON_GPU:
-        torch.cuda.synchronize()
+    if not ON_GPU:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if ON_GPU:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
