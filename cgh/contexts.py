@@ -115,9 +115,11 @@ def check_batch(z: Contexts, t: Contexts, memory: Banks, learners: Sequence[str]
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the banks have different lengths, {sizes}; row j of each must belong to the same image.")
     check_same_device(
-        {f"student[{name!r}]": z[name] for name in learners}
-        | {f"teacher[{name!r}]": t[name] for name in guides}
-        | {f"memory[{name!r}]": memory[name] for name in {*learners, *guides}}
+        {
+            **{f"student[{name!r}]": z[name] for name in learners},
+            **{f"teacher[{name!r}]": t[name] for name in guides},
+            **{f"memory[{name!r}]": memory[name] for name in {*learners, *guides}},
+        }
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +110,7 @@ class CrossContextLoss(nn.Module):
             for name in guides
         ]
         relations = stream(memory, [*students, *teachers])
-        student = dict(zip(learners, relations, strict=False))
+        student = dict(zip(learners, relations[: len(learners)], strict=True))
         teacher = dict(zip(guides, relations[len(learners) :], strict=True))
         return {
             (learner, guide): _cross_entropy(student[learner], teacher[guide].means[learner])
@@ -126,7 +125,7 @@ class CrossContextLoss(nn.Module):
         if pairs is None:
             check_contexts(z, "student")
             check_same_contexts(z, t)
-            pairs = list(permutations(z, 2))
+            pairs = [(learner, guide) for learner in z for guide in z if learner != guide]
             if not pairs:
                 raise ValueError(
                     f"the one context {list(z)} has no other to learn from; pass pairs=[('global', 'global')]."

@@ -112,7 +112,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     products = dtype
     if how == "triton":
         products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
-    logsumexps_and_means = _stream(
+    results = _stream(
         [x.detach() for x in rows],
         [memory[name].detach() for name in names],
         [None if query.centre is None else query.centre.detach() / query.temperature for query in queries],
@@ -122,14 +122,14 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         how,
         products,
     )
-    means = dict(zip(wanted, logsumexps_and_means[len(queries) :], strict=True))
+    logsumexps, means = results[: len(queries)], dict(zip(wanted, results[len(queries) :], strict=True))
     return [
         Relation(
             rows[number],
             _Attach.apply(rows[number], logsumexp, means[number, query.bank] if learns[number] else None),
             {name: means[number, name] for name in query.averages},
         )
-        for number, (query, logsumexp) in enumerate(zip(queries, logsumexps_and_means, strict=False))
+        for number, (query, logsumexp) in enumerate(zip(queries, logsumexps, strict=True))
     ]
 
 
