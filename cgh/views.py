@@ -203,8 +203,8 @@ class Augmentation(nn.Module):
     ) -> None:
         super().__init__()
         self.colour, self.blur, self.jitter = colour, blur, tuple(jitter)
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("variance", torch.tensor(std) ** 2, persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(mean), persistent=False)
+        self.register_buffer("variance", (255 * torch.tensor(std)) ** 2, persistent=False)
         if colour:
             require("kornia", "examples")
 
@@ -221,7 +221,8 @@ class Augmentation(nn.Module):
                 raise ValueError(f"view {i} has shape {tuple(view.shape)}; views are (N, 3, S, S).")
             x = _planes(view)
             if self.colour and i != WEAK:
-                self._distort(x, _Draws(len(x), self.jitter, generator))
+                self._distort(x.div_(255), _Draws(len(x), self.jitter, generator))
+                x.mul_(255)
             # (x - mean) / std in one pass over the images.
             output.append(F.batch_norm(x, self.mean, self.variance, eps=0))
         return tuple(output)
@@ -273,7 +274,7 @@ class Colour:
 
     def _distort(self, view: Tensor) -> Tensor:
         draws = _Draws(1, self.jitter)
-        x = _planes(view)
+        x = _planes(view).div_(255)
         if draws.jitters:
             steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, _turn_hue)
             factors = draws.factors[0].tolist()
@@ -307,8 +308,8 @@ class _Draws:
 
 
 def _planes(view: Tensor) -> Tensor:
-    """Bytes as float32 from 0 to 1, one plane a channel, which is how the arithmetic is fast."""
-    return view.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    """Bytes as float32, one plane a channel, which is how the arithmetic is fast."""
+    return view.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _turn_hue(x: Tensor, turns: float) -> Tensor:

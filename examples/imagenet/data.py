@@ -7,6 +7,8 @@ of workers.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import re
 import signal
 import tarfile
@@ -169,6 +171,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """Outlive what a scheduler or `torchrun` sends to all processes: the run saves first, and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python would end them by the signal that they ignore, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _mix(*numbers: int) -> int:

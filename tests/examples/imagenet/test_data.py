@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -416,6 +418,21 @@ def test_an_epoch_can_be_left_early(tmp_path: Path) -> None:
     again = list(batches.epoch(0))
     assert len(again) == batches.steps_per_epoch == 6
     assert same([first], again[:1])
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_an_epoch_under_way(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    script = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+from pathlib import Path
+from data import Batches, DataConfig
+from cgh import views
+batches = Batches(DataConfig(Path({str(tmp_path)!r})), views.Crops(8), 2, workers=1).epoch(0)
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
