@@ -26,7 +26,9 @@ def draw(
     scores: Tensor,
     classes: Sequence[str],
 ) -> Tensor:
-    """Return the picture: ground truth as white frames, detections of a score of at least 0.5 in their class's colour.
+    """Return the picture: ground truth as broad white frames, detections of a score of at least 0.5 as narrow ones.
+
+    The edge of a white frame has the colour of its class, as detections of that class have.
 
     Args:
         image: uint8 `(3, H, W)`.
@@ -45,7 +47,9 @@ def draw(
     picture = resize(image, [height, width])
     palette = [tuple(round(255 * x) for x in colormaps["tab10"](i % 10)[:3]) for i in range(len(classes))]
     if len(truth_boxes):
+        edges = [palette[label] for label in truth_labels.tolist()]
         picture = draw_bounding_boxes(picture, scale * truth_boxes, colors=TRUTH, width=5)
+        picture = draw_bounding_boxes(picture, scale * truth_boxes, colors=edges, width=1)
     seen = scores >= SCORE
     if not seen.any():
         return picture
