@@ -313,7 +313,7 @@ def _planes(view: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turns: float) -> Tensor:
-    """Turn the hues of an image `(3, H, W)`, to the same result as by way of HSV, in a ninth of the time.
+    """Turn the hues of an image `(3, H, W)`, to the same result as by way of HSV, in a seventh of the time.
 
     Hues lie on a hexagon of side `chroma`, with red, green and blue at every second corner. A channel grows as its
     corner comes nearer: it is `low + clamp(2 chroma - distance, 0, chroma)`. Hence its distance now, to which the turn
