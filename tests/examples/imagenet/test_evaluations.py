@@ -153,10 +153,13 @@ def test_the_whole_chain_by_two_processes_as_by_one(root: Path, tmp_path: Path) 
     clusters = torchrun(1, "cluster", tmp_path / "cluster", f"--features={tmp_path / 'features'}")
     assert clusters["accuracy"] > 60
 
-    linear = torchrun(2, "linear", tmp_path / "linear", *given, "--epochs=3", "--lr=0.1")
+    # Statistics of so short a run make large features, for which the paper's learning rate is none.
+    probing = ["--epochs=6", "--lr=0.001"]
+    linear = torchrun(2, "linear", tmp_path / "linear", *given, *probing)
     assert linear["top1"] > 90
-    assert linear == pytest.approx(evaluate("linear", tmp_path / "linear-1", *given, "--epochs=3", "--lr=0.1"))
+    assert linear == pytest.approx(evaluate("linear", tmp_path / "linear-1", *given, *probing))
 
-    few = torchrun(2, "semisup", tmp_path / "semisup", *given, "--epochs=3", "--fraction=0.25")
-    assert few["labels"] == 16
-    assert few["top1"] > 50
+    rates = ["--trunk-lr=0.1", "--head-lr=0.5"]
+    few = torchrun(2, "semisup", tmp_path / "semisup", *given, "--epochs=8", "--fraction=0.5", *rates)
+    assert few["labels"] == 32
+    assert few["top1"] > 60
