@@ -70,6 +70,7 @@ class Run:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.pt"
         self.previous = folder / "checkpoint-previous.pt"
+        self.broken: list[str] = []  # why the last checkpoint cannot be read, if it cannot
         folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> None:
@@ -82,7 +83,7 @@ class Run:
         self._lock = (self.folder / "lock").open("a+")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # what a lock of another process is told by
             self._lock.seek(0)
             raise ValueError(
                 f"{self.folder} is in use by {self._lock.read().strip()}: wait until that run ends, stop it, or choose "
@@ -100,22 +101,22 @@ class Run:
         Raises:
             ValueError: there are checkpoints and none can be read.
         """
-        broken = []
+        self.broken.clear()
         for path in (self.checkpoint, self.previous):
             try:
                 state = cgh.checkpoint.load(path)
             except FileNotFoundError:
                 continue
             except ValueError as error:
-                broken.append(str(error))
+                self.broken.append(str(error))
                 continue
-            if broken:
-                warnings.warn(f"{broken[0]} Going on from {path}, of step {state['step']}.", stacklevel=2)
+            if self.broken:
+                warnings.warn(f"{self.broken[0]} Going on from {path}.", stacklevel=2)
             return state
-        if broken:
+        if self.broken:
             raise ValueError(
-                f"{' '.join(broken)} No checkpoint of this run can be read: put a copy there, or start anew in another "
-                "--folder."
+                f"{' '.join(self.broken)} No checkpoint of this run can be read: put a copy there, or start anew in "
+                "another --folder."
             )
         return None
 
@@ -125,13 +126,14 @@ class Run:
         Raises:
             OSError: the disk is full, say; the checkpoints that are there are untouched.
         """
-        if self.checkpoint.exists():
+        if self.checkpoint.exists() and not self.broken:  # or the good one before it would go
             spare = self.folder / "checkpoint-spare.pt"
             with contextlib.suppress(OSError):  # a file system without hard links keeps no previous one
                 spare.unlink(missing_ok=True)
                 spare.hardlink_to(self.checkpoint)
                 spare.replace(self.previous)
         cgh.checkpoint.save(state, self.checkpoint)
+        self.broken.clear()
 
 
 def check_same(saved: Mapping[str, Any], asked: Mapping[str, Any], run: Run) -> None:

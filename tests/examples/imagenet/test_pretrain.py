@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import shutil
@@ -115,7 +116,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: P
     os.truncate(checkpoint, checkpoint.stat().st_size // 2)
     text = run(arguments, tmp_path / "output.txt")
     assert "checkpoint.pt is not a checkpoint of plain data, or is cut short" in text
-    assert f"Going on from {folder / 'checkpoint-previous.pt'}, of step" in text
+    assert f"Going on from {folder / 'checkpoint-previous.pt'}." in text
     assert same(trained(folder), trained(whole))
 
     for path in (checkpoint, folder / "checkpoint-previous.pt"):
@@ -123,6 +124,21 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: P
     failed = Started(arguments, tmp_path / "output.txt")
     assert failed.wait() == 1
     assert "No checkpoint of this run can be read" in failed.text()
+
+
+def test_the_good_checkpoint_stays_while_one_in_place_of_the_broken_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    last = importlib.import_module("run").Run(tmp_path)
+    last.save({"step": 1})
+    last.save({"step": 2})
+    last.checkpoint.write_bytes(b"cut short")
+    with pytest.warns(UserWarning, match="cut short.* Going on from .*checkpoint-previous.pt"):
+        assert last.load() == {"step": 1}
+    monkeypatch.setattr(cgh.checkpoint, "save", lambda state, path: None)  # killed before it was written
+    last.save({"step": 3})
+    assert cgh.checkpoint.load(last.previous) == {"step": 1}
 
 
 @pytest.mark.slow
