@@ -49,7 +49,7 @@ MULTI_CROP: LocalCrops = {
     "local_sizes": (192, 160, 128, 96),
     "local_scales": ((0.172, 0.86), (0.143, 0.715), (0.114, 0.571), (0.086, 0.429)),
 }
-"""The paper's multi-crop beside a strong view of 224 pixels: `Crops(**MULTI_CROP)`."""
+"""The paper's multi-crop, `Crops(**MULTI_CROP)`, beside a strong view of 224 pixels."""
 
 
 class Crops:
@@ -136,6 +136,7 @@ class BatchCrops:
 
     def __call__(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the views; `seed` alone decides them."""
+        _check_batch(images, "the batch")
         # Not the stream of Augmentation, so that a step may use one seed for both.
         generator = torch.Generator().manual_seed(~seed)
         return self._crop(images, generator), self._crop(images, generator)
@@ -176,7 +177,7 @@ class Augmentation(nn.Module):
 
     Raises:
         TypeError: views that are not uint8.
-        ValueError: views that are not `(N, 3, S, S)`.
+        ValueError: views that are not `(N, 3, S, S)`, or a jitter that has not four strengths.
         ImportError: kornia is not installed.
 
     Example:
@@ -202,7 +203,7 @@ class Augmentation(nn.Module):
         jitter: Sequence[float] = JITTER,
     ) -> None:
         super().__init__()
-        self.colour, self.blur, self.jitter = colour, blur, tuple(jitter)
+        self.colour, self.blur, self.jitter = colour, blur, _check_jitter(jitter)
         # As bytes, which spares those views a division that are normalised only.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -216,10 +217,7 @@ class Augmentation(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         output = []
         for i, view in enumerate(views):
-            if view.dtype != torch.uint8:
-                raise TypeError(f"view {i} is {view.dtype}; views are uint8, as they are decoded.")
-            if view.ndim != 4 or view.shape[1] != 3:
-                raise ValueError(f"view {i} has shape {tuple(view.shape)}; views are (N, 3, S, S).")
+            _check_batch(view, f"view {i}")
             x = _planes(view)
             if self.colour and i != WEAK:
                 self._distort(x.div_(255), _Draws(len(x), self.jitter, generator))
@@ -267,7 +265,7 @@ class Colour:
     """
 
     def __init__(self, *, blur: bool = True, jitter: Sequence[float] = JITTER) -> None:
-        self.blur, self.jitter = blur, tuple(jitter)
+        self.blur, self.jitter = blur, _check_jitter(jitter)
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(view if i == WEAK else self._distort(view) for i, view in enumerate(views))
@@ -305,6 +303,22 @@ class _Draws:
         self.factors = torch.stack([_uniform(*limits, n, generator=generator) for limits in ranges], dim=1)
         self.order = _uniform(0, 1, n, 4, generator=generator).argsort(dim=1)
         self.sigma = _uniform(*SIGMA, n, generator=generator)
+
+
+def _check_batch(images: Tensor, name: str) -> None:
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{name} is {images.dtype}; images are uint8, as they are decoded.")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"{name} has shape {tuple(images.shape)}; images are (N, 3, H, W).")
+
+
+def _check_jitter(jitter: Sequence[float]) -> tuple[float, ...]:
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        raise ValueError(
+            f"jitter is {tuple(jitter)}; give the strengths of brightness, contrast and saturation, "
+            "each at least 0, and of the hue, at most 0.5."
+        )
+    return tuple(jitter)
 
 
 def _planes(view: Tensor) -> Tensor:

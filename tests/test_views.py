@@ -218,9 +218,13 @@ def test_the_blur_is_pillows(sigma: float) -> None:
     assert (ours - kornia).abs().amax() < 0.002
 
 
-def test_views_that_are_none() -> None:
+def test_what_is_no_batch_and_no_jitter() -> None:
     augment = views.Augmentation()
-    with pytest.raises(TypeError, match=r"view 0 is torch.float32; views are uint8"):
+    with pytest.raises(TypeError, match=r"view 0 is torch.float32; images are uint8"):
         augment([torch.rand(2, 3, 8, 8)], seed=0)
     with pytest.raises(ValueError, match=r"view 1 has shape \(3, 8, 8\)"):
         augment([photographs(1, 8), photographs(1, 8)[0]], seed=0)
+    with pytest.raises(TypeError, match=r"the batch is torch.float32"):
+        views.BatchCrops(8)(torch.rand(2, 3, 8, 8), seed=0)
+    with pytest.raises(ValueError, match=r"jitter is \(0.4, 0.4, 0.1\); give the strengths"):
+        views.Colour(jitter=(0.4, 0.4, 0.1))
