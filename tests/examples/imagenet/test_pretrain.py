@@ -134,7 +134,7 @@ def test_the_good_checkpoint_stays_while_one_in_place_of_the_broken_is_written(
     last.save({"step": 1})
     last.save({"step": 2})
     last.checkpoint.write_bytes(b"cut short")
-    with pytest.warns(UserWarning, match="cut short.* Going on from .*checkpoint-previous.pt"):
+    with pytest.warns(UserWarning, match="(?s)cut short.* Going on from .*checkpoint-previous.pt"):
         assert last.load() == {"step": 1}
     monkeypatch.setattr(cgh.checkpoint, "save", lambda state, path: None)  # killed before it was written
     last.save({"step": 3})
