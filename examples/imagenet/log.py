@@ -29,9 +29,18 @@ class Log:
         steps: of the whole run.
         step: finished so far.
         size: of `log.csv` in bytes at that step.
+        task: what the bar says.
     """
 
-    def __init__(self, folder: Path, figures: Sequence[str], steps: int, step: int = 0, size: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        figures: Sequence[str],
+        steps: int,
+        step: int = 0,
+        size: int = 0,
+        task: str = "pre-training",
+    ) -> None:
         path = folder / "log.csv"
         path.touch()
         os.truncate(path, min(size, path.stat().st_size))
@@ -53,7 +62,7 @@ class Log:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("pre-training", total=steps, completed=step, shown="")
+        self._task = self._progress.add_task(task, total=steps, completed=step, shown="")
         self._progress.start()
 
     def advance(self, step: int) -> None:

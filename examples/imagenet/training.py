@@ -108,7 +108,7 @@ def train_classifier(
     if rank == 0:
         write_json(config.folder / "config.json", plain(config))
         steps = config.epochs * len(batches)
-        log = Log(config.folder, FIGURES, steps, start * len(batches), log_size)
+        log = Log(config.folder, FIGURES, steps, start * len(batches), log_size, task=config.folder.name)
     parallel: nn.Module = model
     if world_size > 1:
         # Looking for unused parameters, of which there are none, keeps gradients in the buckets that they started in:
