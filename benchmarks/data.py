@@ -3,8 +3,8 @@
 python benchmarks/data.py --images /data/imagenet/val    # a folder or tar file of JPEGs; --quick for a short look
 
 The baseline is the pipeline that is usual for this kind of training: Pillow decodes, torchvision's first transforms
-crop, colour and blur image by image. The three take turns, and a figure is the
-median over the rounds, by the time of the CPU, so that other processes matter little.
+crop, colour and blur image by image. The three take turns, and a figure is the median over the rounds, by the time of
+the CPU, so that other processes matter little.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def make_images(folder: Path, count: int) -> None:
         noise = np.fft.rfft2(np.random.default_rng(i).normal(size=(3, height, width)))
         waves = np.fft.irfft2(noise / frequency, s=(height, width))
         pixels = (128 + 50 * waves / waves.std()).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / "made" / f"{i:04}.jpg", quality=92)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / "made" / f"{i:04}.jpg", quality=89)
 
 
 def jpegs(images: Path | None, count: int, scratch: Path) -> Path:
