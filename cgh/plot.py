@@ -31,11 +31,11 @@ RELATIONS = "Blues"
 ROW = 1.35  # from one row of pictures to the next, in heights of a picture; leaves room for a line of text
 MOST_COLUMNS = 8192  # of a relation matrix; more than can be told apart
 
-Labels = Sequence[int] | Tensor
-Numbers = Sequence[float] | Tensor
 
-
-def curves(runs: Mapping[str, Mapping[str, tuple[Numbers, Numbers]]], window: int = 1) -> Figure:
+def curves(
+    runs: Mapping[str, Mapping[str, tuple[Sequence[float] | Tensor, Sequence[float] | Tensor]]],
+    window: int = 1,
+) -> Figure:
     """Return curves of runs: a panel for each quantity, the runs over one another.
 
     Args:
@@ -94,7 +94,7 @@ def neighbours(
     queries: Tensor,
     images: Tensor,
     features: Mapping[str, tuple[Tensor, Tensor]],
-    labels: tuple[Labels, Labels],
+    labels: tuple[Sequence[int] | Tensor, Sequence[int] | Tensor],
     k: int = 8,
     classes: Sequence[str] | None = None,
 ) -> Figure:
@@ -156,8 +156,8 @@ def neighbours(
 
 def relation_matrix(
     relations: Mapping[str, Tensor],
-    row_labels: Labels | None = None,
-    column_labels: Labels | None = None,
+    row_labels: Sequence[int] | Tensor | None = None,
+    column_labels: Sequence[int] | Tensor | None = None,
     classes: Sequence[str] | None = None,
 ) -> Figure:
     """Return the relations of a batch to a memory, one row an image, in each context; darker is more alike.
@@ -288,7 +288,9 @@ def principal_colours(maps: Tensor) -> Tensor:
     return colours.view(n, h, w, 3).permute(0, 3, 1, 2)
 
 
-def embedding(features: Mapping[str, Tensor], labels: Labels, classes: Sequence[str] | None = None) -> Figure:
+def embedding(
+    features: Mapping[str, Tensor], labels: Sequence[int] | Tensor, classes: Sequence[str] | None = None
+) -> Figure:
     """Return a map of the features of each model, coloured by class: t-SNE (van der Maaten and Hinton, 2008).
 
     Near points are alike by cosine similarity; distances between clusters and their sizes mean little. Takes seconds
@@ -337,11 +339,7 @@ def embedding(features: Mapping[str, Tensor], labels: Labels, classes: Sequence[
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure whole or not at all, in the format that the path's ending names.
-
-    Args:
-        figure: what the functions here return, or any other.
-        path: its folder is made if missing.
+    """Write a figure whole or not at all, in the format that the path's ending names; its folder is made if missing.
 
     Raises:
         ValueError: matplotlib knows no such ending.
@@ -403,7 +401,7 @@ def _pictures(images: Tensor, name: str) -> Any:
     return images.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
-def _labels(labels: Labels, count: int, name: str) -> Tensor:
+def _labels(labels: Sequence[int] | Tensor, count: int, name: str) -> Tensor:
     """Labels, checked to be one for each of the `count` things named."""
     labels = torch.as_tensor(labels).detach().cpu()
     if labels.shape != (count,) or labels.is_floating_point() or not count or labels.min() < 0:

@@ -70,19 +70,26 @@ def test_a_row_for_three_contexts(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
 def test_stopping_leaves_nothing_half_written(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--epochs", "1000"]
-    pipe = subprocess.PIPE
-    # A bar that believes to be in a terminal draws while it goes.
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"FORCE_COLOR": "1"}
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"FORCE_COLOR": "1"},  # a bar that believes to be in a terminal draws while it goes
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
     )
-    assert process.stdout is not None
-    seen = ""
-    while "InfoNCE alone" not in seen:
-        drawn = process.stdout.read(64)
-        assert drawn
-        seen += drawn
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        seen = ""
+        while "InfoNCE alone" not in seen:
+            drawn = process.stdout.read(64)
+            assert drawn
+            seen += drawn
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert error.strip().endswith("stopped")
     assert "Traceback" not in error
