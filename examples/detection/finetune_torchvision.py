@@ -294,7 +294,7 @@ def finetune(config: Config) -> dict[str, float]:
         print(f"training on {train}\nevaluating on {test}\n{world_size} x {device.type}, batch norms are {norms}")
         write_json(run.folder / "config.json", effective)
         figures = ["lr", "loss", *LOSSES, *AVERAGES, *(f"AP/{name}" for name in train.classes)]
-        log = Log(run.folder, figures, config.steps, step, log_size)
+        log = Log(run.folder, figures, config.steps, step, log_size, task="fine-tuning")
 
     def measure() -> dict[str, float]:
         if world_size > 1:
