@@ -160,6 +160,6 @@ def test_the_whole_chain_by_two_processes_as_by_one(root: Path, tmp_path: Path) 
     assert linear == pytest.approx(evaluate("linear", tmp_path / "linear-1", *given, *probing))
 
     rates = ["--trunk-lr=0.1", "--head-lr=0.5"]
-    few = torchrun(2, "semisup", tmp_path / "semisup", *given, "--epochs=8", "--fraction=0.5", *rates)
+    few = torchrun(2, "semisup", tmp_path / "semisup", *given, "--epochs=16", "--fraction=0.5", *rates)
     assert few["labels"] == 32
     assert few["top1"] > 40
