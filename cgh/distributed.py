@@ -41,7 +41,9 @@ def gather(x: Tensor) -> Tensor:
     if world_size == 1:
         return x
     rows = x.new_empty((world_size * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(rows, x.contiguous())
+    # PyTorch 2.14 renamed it, and warns of the old name.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(rows, x.contiguous())
     return rearrange(rows, "(r n) d -> (n r) d", r=world_size)
 
 
