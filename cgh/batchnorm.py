@@ -33,7 +33,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, num_features: int, num_splits: int, **options: object) -> None:
-        super().__init__(num_features, **options)  # type: ignore[arg-type]
+        super().__init__(num_features, **options)  # type: ignore[arg-type]  # checked by BatchNorm2d itself
         if num_splits < 1:
             raise ValueError(f"num_splits is {num_splits}; it is 1 or more.")
         self.num_splits = num_splits

@@ -17,8 +17,8 @@ from typing import TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import RandomResizedCrop  # type: ignore[import-untyped]
-from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
 from cgh.extras import require

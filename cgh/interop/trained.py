@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision  # type: ignore[import-untyped]
+import torchvision
 from torch import Tensor, nn
-from torchvision.models import ResNet  # type: ignore[import-untyped]
+from torchvision.models import ResNet
 
 from cgh.hypercolumn import remove_classifier
 from cgh.interop.backbone import read
