@@ -23,6 +23,7 @@ def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor,
         )
 
 
+# Triton compiles from the source: it has no types, and takes none.
 @triton.jit  # type: ignore[untyped-decorator]
 def _exponentiate(logits, maximum, total, shrink, weights, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One program for each row."""

@@ -84,5 +84,6 @@ def _check_momentum(momentum: float) -> float:
 def _unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside wrappers of DistributedDataParallel and `torch.compile`, in any order."""
     while isinstance(module, nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        # Both attributes are modules, which their classes do not declare.
         module = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
     return module

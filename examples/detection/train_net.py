@@ -96,6 +96,7 @@ class Config:
     """Anything else of detectron2's configuration: SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025"""
 
 
+# detectron2 has no types, so its classes are of any type as bases.
 @ROI_HEADS_REGISTRY.register()
 class Res5NormROIHeads(Res5ROIHeads):  # type: ignore[misc]
     """The C4 head: res5 of a ResNet of any depth on each region's map, then the extra norm."""
