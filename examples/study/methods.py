@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import permutations, product
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import cgh
+from cgh import diagnostics
 
 TWO = {"hypercolumn": ("layer3", "layer4")}
 THREE = {"shallow": ("layer1", "layer2"), "deep": ("layer3", "layer4")}
@@ -40,6 +42,11 @@ METHODS = {
     "across": Method(
         "relations across (CGH)", ("global", "hypercolumn"), tuple(permutations(("global", "hypercolumn"), 2))
     ),
+    "both": Method(
+        "relations, each context from both",
+        ("global", "hypercolumn"),
+        tuple(product(("global", "hypercolumn"), repeat=2)),
+    ),
     "three": Method(
         "across, three contexts",
         ("global", "shallow", "deep"),
@@ -66,6 +73,14 @@ class Settings:
     """Of every context but the global one; likewise the teacher's."""
     teacher_global: float = 0.04
     teacher_hypercolumn: float = 0.08
+    momentum_end: float | None = None
+    """Where the teacher's momentum rises to, in a cosine over the steps; without, it stays."""
+    layers: tuple[str, ...] = TWO["hypercolumn"]
+    """Of the hypercolumn, in methods that have one."""
+    hidden: int = 512
+    """Width inside the heads."""
+    symmetric: bool = False
+    """Each view is once the student's and once the teacher's, for twice the cost."""
 
 
 class Learner(nn.Module):
@@ -75,42 +90,58 @@ class Learner(nn.Module):
         method: what is learned from what.
         settings: temperatures and the like.
         steps: of the whole training.
-        size: side of the views in pixels.
-        width: channels of the network's first stage.
+        backbone: with the layers that the method's hypercolumns name.
+        image_shape: of the views, `(C, S, S)`.
         dim: of the embeddings.
-        hidden: width inside the heads.
-        seed: of the memory's start. The weights draw from torch's global generator.
+        seed: of the memory's start. The weights of the heads draw from torch's global generator.
 
     Shape:
-        strong and weak views `(N, 3, S, S)` -> the loss and the teacher's embeddings; call `update` with these after
+        strong and weak views `(N, C, S, S)` -> the loss and the teacher's embeddings; call `update` with these after
         the optimiser's step.
     """
 
     def __init__(
-        self, method: Method, settings: Settings, steps: int, size: int, width: int, dim: int, hidden: int, seed: int
+        self,
+        method: Method,
+        settings: Settings,
+        steps: int,
+        backbone: nn.Module,
+        image_shape: tuple[int, int, int],
+        dim: int,
+        seed: int,
     ) -> None:
         super().__init__()
-        self.contexts = method.contexts
-        features = cgh.HypercolumnExtractor(resnet18(width), method.hypercolumns)
+        self.contexts, self.symmetric = method.contexts, settings.symmetric
+        hypercolumns = {"hypercolumn": settings.layers} if method.hypercolumns == TWO else method.hypercolumns
         # A method of one context has the other's head too, unused, so that all start from the same weights.
-        self.student = cgh.ContextEncoder(features, dim, hidden, image_shape=(3, size, size))
-        self.teacher = cgh.EMATeacher(self.student, settings.momentum)
+        self.student = cgh.ContextEncoder(
+            cgh.HypercolumnExtractor(backbone, hypercolumns), dim, settings.hidden, image_shape=image_shape
+        )
+        self.teacher = cgh.EMATeacher(self.student, momentum(settings, steps))
         self.memory = cgh.MemoryBank(dict.fromkeys(method.contexts, dim), settings.memory_size, seed=seed)
         self.infonce = cgh.InfoNCELoss(settings.infonce_temperature)
+        self.student_temperature, self.teacher_temperature = (
+            dict.fromkeys(method.contexts, hypercolumn) | {"global": of_global}
+            for of_global, hypercolumn in (
+                (settings.student_global, settings.student_hypercolumn),
+                (settings.teacher_global, settings.teacher_hypercolumn),
+            )
+        )
         self.relations = None
         if method.pairs:
-            student = dict.fromkeys(method.contexts, settings.student_hypercolumn)
-            teacher = dict.fromkeys(method.contexts, settings.teacher_hypercolumn)
-            self.relations = cgh.CrossContextLoss(
-                student | {"global": settings.student_global},
-                teacher | {"global": settings.teacher_global},
-                method.pairs,
-            )
+            self.relations = cgh.CrossContextLoss(self.student_temperature, self.teacher_temperature, method.pairs)
         self.weights = cgh.LossWeights(round(settings.warmup * steps))
 
     def forward(self, strong: Tensor, weak: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        student = self.student(strong, contexts=self.contexts)
-        teacher = self.teacher(weak, contexts=self.contexts)
+        loss, teacher = self._loss(strong, weak, step)
+        if self.symmetric:
+            loss = (loss + self._loss(weak, strong, step)[0]) / 2
+        return loss, teacher
+
+    def _loss(self, first: Tensor, second: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's loss on the first view, by what the teacher makes of the second."""
+        student = self.student(first, contexts=self.contexts)
+        teacher = self.teacher(second, contexts=self.contexts)
         if self.relations is None:
             return self.infonce(student, teacher, self.memory), teacher
         weights = self.weights(step)
@@ -118,6 +149,23 @@ class Learner(nn.Module):
         if weights.infonce:
             loss = loss + weights.infonce * self.infonce(student, teacher, self.memory)
         return loss, teacher
+
+    @torch.no_grad()
+    def targets(self, weak: Tensor) -> dict[str, float]:
+        """Return what the teacher's relations are like on a batch: their entropy in nats, and how far they agree.
+
+        The agreement is the share of images whose nearest row of the memory is the same in both contexts.
+        """
+        teacher = self.teacher(weak, contexts=self.contexts)
+        relations = {
+            name: cgh.RelationMatrix(self.teacher_temperature[name])(teacher[name], self.memory[name])
+            for name in self.contexts
+        }
+        figures = {f"entropy {name}": diagnostics.relation_entropy(p).item() for name, p in relations.items()}
+        if "hypercolumn" in relations:
+            agreement = diagnostics.top_neighbour_agreement(relations["global"], relations["hypercolumn"])
+            figures["agreement"] = agreement.item()
+        return figures
 
     def update(self, teacher: Mapping[str, Tensor]) -> None:
         """Move the teacher and fill the memory."""
@@ -132,6 +180,14 @@ class Learner(nn.Module):
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+
+
+def momentum(settings: Settings, steps: int) -> float | Callable[[int], float]:
+    """Return the teacher's momentum: a number, or where it rises, a function from the updates made to it."""
+    start, end = settings.momentum, settings.momentum_end
+    if end is None:
+        return start
+    return lambda step: end - (end - start) * (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2
 
 
 def resnet18(width: int = 64) -> nn.Module:

@@ -12,7 +12,6 @@ stretches of ten minutes. On a GPU it computes in bfloat16, compiled; on a CPU c
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 import tyro
 from images import Images, load
-from methods import METHODS, Learner, Method, Settings
+from methods import METHODS, Learner, Method, Settings, resnet18
+from results import markdown, mean_and_spread, to_csv
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
@@ -61,8 +61,6 @@ class Budget:
     """Channels of ResNet-18's first stage."""
     dim: int = 128
     """Of the embeddings."""
-    hidden: int = 512
-    """Inside the heads."""
     weight_decay: float = 5e-4
     learning_rate_warmup: float = 0.025
     """Share of the steps."""
@@ -141,7 +139,7 @@ def run(config: Run) -> None:
     settings = dict.fromkeys(config.methods, config.settings)
     if config.searched:
         chosen = {path.stem: json.loads(path.read_text()) for path in config.searched.glob("*.json")}
-        settings |= {name: Settings(**chosen[name]) for name in config.methods if name in chosen}
+        settings |= {name: _settings(chosen[name]) for name in config.methods if name in chosen}
     study = Study(config, train, test)
     for seed in config.seeds:
         for name in config.methods:
@@ -237,7 +235,8 @@ class Study:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(seed)
-        learner = Learner(method, settings, steps, budget.size, budget.width, budget.dim, budget.hidden, seed)
+        image_shape = (3, budget.size, budget.size)
+        learner = Learner(method, settings, steps, resnet18(budget.width), image_shape, budget.dim, seed)
         learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = learner.optimizer(budget.weight_decay)
         peak = settings.learning_rate * budget.batch / 256
@@ -357,19 +356,19 @@ def table(out: Path) -> None:
     accuracies, costs = [*QUANTITIES, "best 200 neighbours", "linear"], ["images/s", "peak memory, MiB", "minutes"]
     rows = [["method", "seeds", *accuracies, *costs]]
     for name, of_method in runs.items():
-        cells = [_mean_and_spread([r.get(column) for r in of_method], 1) for column in accuracies]
-        cells += [_mean_and_spread([r.get(column) for r in of_method], 0) for column in costs]
+        cells = [mean_and_spread([r.get(column) for r in of_method], 1) for column in accuracies]
+        cells += [mean_and_spread([r.get(column) for r in of_method], 0) for column in costs]
         rows.append([titles[name], str(len(of_method)), *cells])
-    text = _markdown(rows)
+    text = markdown(rows)
     across = {r["seed"]: r for r in runs.get("across", [])}
     rows = [["CGH beside", "seeds", *accuracies]]
     for name in METHODS:
         pairs = [(across[r["seed"]], r) for r in runs.get(name, []) if r["seed"] in across and name != "across"]
         if pairs:
-            cells = [_mean_and_spread([ours[c] - theirs[c] for ours, theirs in pairs], 1, "+") for c in accuracies]
+            cells = [mean_and_spread([ours[c] - theirs[c] for ours, theirs in pairs], 1, "+") for c in accuracies]
             rows.append([titles[name], str(len(pairs)), *cells])
     if len(rows) > 1:
-        text += "\n" + _markdown(rows)
+        text += "\n" + markdown(rows)
     write(out / "table.md", text)
     write(out / "results.csv", to_csv(results))
     console.print(text, soft_wrap=True, highlight=False)
@@ -397,30 +396,6 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV; a row need not have every column."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first row the names of the columns."""
-    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
-    return "".join([lines[0], "| --- " * len(rows[0]) + "|\n", *lines[1:]])
-
-
-def _mean_and_spread(values: Sequence[float | None], digits: int, sign: str = "") -> str:
-    """The mean and the standard deviation over the seeds."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{statistics.mean(known):{sign}.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
 def _curves(logs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -472,6 +447,11 @@ def _peak_memory(device: torch.device) -> float:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _settings(chosen: Mapping[str, Any]) -> Settings:
+    """Settings as JSON has them."""
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
 def _check_methods(names: Sequence[str], known: Sequence[str] | Mapping[str, Method]) -> None:

@@ -51,14 +51,20 @@ def make_images(root: Path, *splits: str) -> Path:
 
 
 def options(study: ModuleType, root: Path, out: Path, **changes: object) -> dict[str, object]:
-    small = {"epochs": 3, "batch": 48, "size": SIZE, "width": 4, "dim": 8, "hidden": 16, "every": 2, "device": "cpu"}
-    return {"root": root, "out": out, **small, "settings": study.Settings(memory_size=96, warmup=0.3), **changes}
+    small = {"epochs": 3, "batch": 48, "size": SIZE, "width": 8, "dim": 8, "every": 2, "device": "cpu"}
+    return {
+        "root": root,
+        "out": out,
+        **small,
+        "settings": study.Settings(memory_size=96, warmup=0.3, hidden=16),
+        **changes,
+    }
 
 
-def learner(methods: ModuleType, name: str, warmup: float = 0.0) -> torch.nn.Module:
+def learner(methods: ModuleType, name: str, warmup: float = 0.0, **changes: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    settings = methods.Settings(memory_size=32, warmup=warmup)
-    return methods.Learner(methods.METHODS[name], settings, steps=10, size=16, width=4, dim=8, hidden=16, seed=0)
+    settings = methods.Settings(memory_size=32, warmup=warmup, hidden=16, **changes)
+    return methods.Learner(methods.METHODS[name], settings, 10, methods.resnet18(8), (3, 16, 16), dim=8, seed=0)
 
 
 @pytest.mark.parametrize(

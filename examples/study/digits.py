@@ -1,0 +1,148 @@
+"""Which part of the quickstart's gain is relations, which is two contexts, which is learning across?
+
+python examples/study/digits.py run        # every method with every seed, on the CPU; then the table and the picture
+python examples/study/digits.py table      # both again, from the rows that are there
+
+The quickstart's digits, network, views, optimiser and settings; the methods of the study. A finished run is a row of
+docs/results/digits.csv, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from methods import METHODS, Learner, Settings
+from results import add_row, commit, markdown, mean_and_spread, read_rows
+from rich.console import Console
+from rich.progress import track
+
+import cgh
+from cgh import diagnostics, plot
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from quickstart import BATCH, STEPS, TRAIN, accuracies, digits, network, strong_view, weak_view  # noqa: E402
+
+SETTINGS = Settings(momentum=0.98, memory_size=2048, warmup=0.25, hidden=256)  # the quickstart's
+QUANTITIES = ("20 neighbours", "five labels a class")
+TARGETS = ("entropy global", "entropy hypercolumn", "agreement", "rank")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train and evaluate what has no row yet."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    epochs: int = 80
+    results: Path = HERE.parents[1] / "docs" / "results" / "digits.csv"
+    """Gets a row for each run."""
+    picture: Path = HERE.parents[1] / "docs" / "images" / "digits-methods.png"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Print the table and draw the picture."""
+
+    results: Path = Run.results
+    picture: Path = Run.picture
+
+
+def main(command: Run | Table) -> None:
+    """Do what the command line says."""
+    if isinstance(command, Run):
+        commit()  # that which runs, whatever is committed until the last row
+        done = {(row["method"], row["seed"], row["epochs"]) for row in read_rows(command.results)}
+        for seed in command.seeds:
+            for name in command.methods:
+                if (name, str(seed), str(command.epochs)) not in done:
+                    row = {"method": name, "seed": seed, "epochs": command.epochs, **train(name, seed, command.epochs)}
+                    add_row(command.results, row)
+                    console.print(row)
+    table(read_rows(command.results), command.picture)
+
+
+def train(name: str, seed: int, epochs: int) -> dict[str, float | None]:
+    """Return how good the embeddings are that a method learns, and what its teacher's relations are like."""
+    images, labels = digits()
+    torch.manual_seed(seed)
+    steps = epochs * STEPS
+    backbone = network()
+    learner = Learner(METHODS[name], SETTINGS, steps, backbone, (1, 32, 32), dim=64, seed=seed)
+    schedule = cgh.LearningRate(base=3e-3, steps=steps, warmup_steps=steps // 20)
+    optimizer = torch.optim.AdamW(learner.student.parameters(), weight_decay=1e-4)
+    torch.manual_seed(seed)  # every method sees the same views
+    start, step = time.monotonic(), 0
+    for _ in track(range(epochs), f"{name}-{seed}", console=console, disable=not console.is_terminal):
+        for batch in torch.randperm(TRAIN).split(BATCH)[:STEPS]:
+            optimizer.param_groups[0]["lr"] = schedule(step)
+            loss, teacher = learner(strong_view(images[batch]), weak_view(images[batch]), step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            learner.update(teacher)
+            step += 1
+    seconds = time.monotonic() - start
+    targets = learner.targets(images[:TRAIN])
+    with torch.no_grad():
+        learner.student.eval()
+        features = learner.student.extractor(images)
+        z = learner.student.project(features, contexts=["global"])["global"]
+    figures: dict[str, float | None] = dict(zip(QUANTITIES, accuracies(z, labels), strict=True))
+    pooled = {f"{q}, pooled": x for q, x in zip(QUANTITIES, accuracies(features.pooled, labels), strict=True)}
+    rank = diagnostics.effective_rank(features.pooled[:TRAIN]).item()
+    figures |= pooled | {name: targets.get(name) for name in TARGETS} | {"rank": rank}
+    return figures | {"images/s": steps * BATCH / seconds}
+
+
+def table(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
+    """Print means and spreads over the seeds, and what CGH has more than each, seed by seed; draw the former."""
+    columns = (*QUANTITIES, *(f"{q}, pooled" for q in QUANTITIES), *TARGETS)
+    runs = {n: {r["seed"]: r for r in rows if r["method"] == n} for n in METHODS if any(r["method"] == n for r in rows)}
+    if not runs:
+        sys.exit("there are no runs yet; `run` makes them.")
+    cells = [["method", "seeds", *columns]]
+    for name, of_method in runs.items():
+        values = [[float(r[c]) for r in of_method.values() if r.get(c)] for c in columns]
+        spreads = [mean_and_spread(v, 2 if c == "agreement" else 1) for c, v in zip(columns, values, strict=True)]
+        cells.append([METHODS[name].title, str(len(of_method)), *spreads])
+    print(markdown(cells))
+    across = runs.get("across", {})
+    cells = [["CGH less", "seeds", *QUANTITIES]]
+    for name, of_method in runs.items():
+        seeds = [seed for seed in of_method if seed in across and name != "across"]
+        if seeds:
+            gains = [[float(across[s][c]) - float(of_method[s][c]) for s in seeds] for c in QUANTITIES]
+            cells.append([METHODS[name].title, str(len(seeds)), *(mean_and_spread(gain, 1, "+") for gain in gains)])
+    print(markdown(cells))
+    draw(runs, picture)
+
+
+def draw(runs: Mapping[str, Mapping[str, Mapping[str, str]]], picture: Path) -> None:
+    """Draw every run as a dot and every method's mean as a line, one panel a quantity."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.45 * len(runs) + 1.2), layout="constrained")
+    panels: Any = figure.subplots(1, len(QUANTITIES), sharey=True)
+    for axes, quantity in zip(panels, QUANTITIES, strict=True):
+        for place, of_method in enumerate(runs.values()):
+            values = [float(row[quantity]) for row in of_method.values()]
+            axes.plot(values, [place] * len(values), "o", alpha=0.5, color="C0", markersize=5)
+            axes.plot([sum(values) / len(values)] * 2, [place - 0.3, place + 0.3], color="C1", linewidth=2)
+        axes.set_xlabel(f"{quantity}, %")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(runs)), [METHODS[name].title for name in runs])
+    panels[0].invert_yaxis()
+    plot.save(figure, picture)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run | Table, description=(__doc__ or "").splitlines()[0]))
