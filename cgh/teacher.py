@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cgh.wrappers import unwrap
+
 
 class EMATeacher(nn.Module):
     """A copy of the student whose parameters follow it as an exponential moving average.
@@ -18,7 +20,7 @@ class EMATeacher(nn.Module):
     buffers, such as batch-norm statistics, are the teacher's own, from its own batches.
 
     Args:
-        student: the module to copy, also when wrapped by DistributedDataParallel or `torch.compile`.
+        student: the module to copy; wrappers, such as DistributedDataParallel or `torch.compile`'s, stay behind.
         momentum: between 0 (a copy of the student) and 1 (frozen), or a function from the number of updates made so
             far to it.
 
@@ -40,7 +42,7 @@ class EMATeacher(nn.Module):
 
     def __init__(self, student: nn.Module, momentum: float | Callable[[int], float] = 0.999) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(_unwrap(student)).requires_grad_(False)
+        self.encoder = copy.deepcopy(unwrap(student)).requires_grad_(False)
         self.encoder.zero_grad(set_to_none=True)
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
         self.updates = 0
@@ -54,7 +56,7 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move every parameter towards the student's, in one grouped in-place operation."""
-        ours, theirs = dict(self.encoder.named_parameters()), dict(_unwrap(student).named_parameters())
+        ours, theirs = dict(self.encoder.named_parameters()), dict(unwrap(student).named_parameters())
         shapes, expected = ({n: tuple(p.shape) for n, p in parameters.items()} for parameters in (theirs, ours))
         if shapes != expected:
             names = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
@@ -79,11 +81,3 @@ def _check_momentum(momentum: float) -> float:
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}; it lies between 0 (a copy of the student) and 1 (frozen).")
     return momentum
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The user's module inside wrappers of DistributedDataParallel and `torch.compile`, in any order."""
-    while isinstance(module, nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        # Both attributes are modules, which their classes do not declare.
-        module = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
-    return module
