@@ -7,12 +7,14 @@ A source is one string:
 | VOC | `ROOT:SPLIT` | `ROOT/Annotations/ID.xml`, `ROOT/ImageSets/Main/SPLIT.txt`, `ROOT/JPEGImages/ID.jpg` |
 | COCO | `IMAGES:FILE.json` | the images' folder, and the annotations of them |
 
-so VOC 07+12 is `read(["VOC2007:trainval", "VOC2012:trainval"])`. An image without boxes stays, as a negative.
+so VOC 07+12 is `read(["VOC2007:trainval", "VOC2012:trainval"])`. An image without boxes stays, as a negative. Boxes and
+sizes are those of the upright image, where a photograph is stored turned or mirrored (EXIF).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # where images are found and decoded in the same way
+from files import SUFFIXES, read_image
+
 ROUNDING = 1.0  # pixels: COCO's boxes are rounded, and some tools count VOC's pixels from 0
 
 
@@ -194,7 +198,8 @@ def _voc_entry(file: Path, images: Path, listing: Path) -> _Entry:
             f"{file} is no annotation in VOC's format, with the image's size, and a name and a bndbox for each object: "
             f"{error}."
         ) from error
-    image = next((path for suffix in IMAGE_SUFFIXES if (path := images / (file.stem + suffix)).is_file()), None)
+    names = (file.stem + spelled for suffix in SUFFIXES for spelled in (suffix, suffix.upper()))
+    image = next((path for name in names if (path := images / name).is_file()), None)
     return _Entry(file, image or images / f"{file.stem}.jpg", file.stem, height, width, objects)
 
 
@@ -248,7 +253,7 @@ class Detections(Dataset[tuple[Tensor, dict[str, Any]]]):
     `(n, 4)` (left, top, right, bottom), the labels `(n,)` from 1 on (0 is the background), and `crowd` and `difficult`.
 
     Raises:
-        ValueError: on access, an image that cannot be decoded, or is not of the size that its annotation gives.
+        ValueError: on access, an image that cannot be decoded, or is upright not of the size that its annotation gives.
     """
 
     def __init__(self, annotations: Annotations) -> None:
@@ -259,16 +264,20 @@ class Detections(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index]
-        try:
-            with Image.open(record.image) as file:
-                image = tv_tensors.Image(file.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{record.image} cannot be decoded: {error}") from error
+        image = tv_tensors.Image(read_image(record.image))
         size = (record.height, record.width)
         if image.shape[1:] != size:
+            with Image.open(record.image) as file:
+                stored = (file.height, file.width)
             raise ValueError(
                 f"{record.image} is {image.shape[2]} x {image.shape[1]} pixels, but its annotation says "
-                f"{record.width} x {record.height}; correct the annotation, boxes included."
+                f"{record.width} x {record.height}; "
+                + (
+                    "that is how it is stored, before its EXIF orientation turns it upright. Take the tag out, if the "
+                    "boxes are right on the stored pixels, or give size and boxes of the upright image."
+                    if stored == size
+                    else "correct the annotation, boxes included."
+                )
             )
         boxes = tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": record.labels + 1, "crowd": record.crowd, "difficult": record.difficult}

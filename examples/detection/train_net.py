@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from datasets import Annotations, read
+from datasets import Annotations, read, read_image
 from pictures import draw
 from torch import nn
-from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.transforms.v2.functional import to_pil_image
 
 from cgh.interop.matching import check_match
 
@@ -295,7 +295,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
         found = model(inputs)[0]["instances"].to("cpu")
         truth = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in record["annotations"]]
         picture = draw(
-            decode_image(record["file_name"], mode=ImageReadMode.RGB),
+            read_image(Path(record["file_name"])),
             torch.tensor(truth).reshape(-1, 4),
             torch.tensor([x["category_id"] for x in record["annotations"]], dtype=torch.int64),
             found.pred_boxes.tensor,
@@ -303,7 +303,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
             found.scores,
             classes,
         )
-        write_png(picture, str(folder / f"{Path(record['file_name']).stem}.png"))
+        to_pil_image(picture).save(folder / f"{Path(record['file_name']).stem}.png")
     logger.info("Predictions over the ground truth: %s", folder)
 
 

@@ -8,33 +8,33 @@ of workers.
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing
-import re
+import operator
+import os
+import posixpath
 import signal
 import tarfile
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
+from files import BadImageError, decode, is_image, list_folders, list_images, read_image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as TF
-from webdataset.tariterators import group_by_keys
 
 Split = Literal["train", "unlabelled", "val"]
 
-FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # what torchvision decodes
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/)"
 TORCHVISION = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
@@ -54,6 +54,8 @@ class DataConfig:
     """Its layout. folder: train/CLASS/IMAGE and val/CLASS/IMAGE (or test/), or CLASS/IMAGE alone to train on. cifar10,
     cifar100, stl10: as torchvision unpacks them, or folders. tiny-imagenet: as it is distributed, or folders.
     webdataset: train/*.tar and val/*.tar, or *train*.tar and *val*.tar, on a file system that every process sees."""
+    shard_images: str | None = None
+    """What the names of a shard's images end with, such as .jpg, where other pictures such as masks lie beside them."""
     subset: Path | None = None
     """File that names the classes to use, or the images to train on, one a line."""
     skip_bad_images: bool = False
@@ -74,7 +76,7 @@ def images(config: DataConfig, split: Split, transform: Callable[[Tensor], Any] 
     elif config.dataset == "tiny-imagenet":
         source, labels, classes = _tiny_imagenet(config.root, split)
     elif config.dataset == "webdataset":
-        source, labels, classes = _shards(config.root, split)
+        source, labels, classes = _shards(config.root, split, config.shard_images)
     else:
         source, labels, classes = _torchvision(config.root, split, *TORCHVISION[config.dataset])
     kept = torch.arange(len(labels))
@@ -236,20 +238,6 @@ class Images(Dataset[tuple[Any, int]]):
                 warnings.warn(f"{error}; the next image takes its place", stacklevel=2)
 
 
-class BadImageError(ValueError):
-    """An image that cannot be decoded."""
-
-
-def decode(encoded: bytes, name: str) -> Tensor:
-    """Return an image of any colour space and depth as uint8 `(3, H, W)`."""
-    try:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = re.sub(r".*\.cpp:\d+, ", "", str(error)).partition(". ")[0]  # without the place in torchvision's code
-        raise BadImageError(f"{name} ({len(encoded)} bytes) cannot be decoded: {reason}") from error
-    return TF.to_dtype(image[0] if image.ndim == 4 else image, torch.uint8, scale=True)
-
-
 class Source(Protocol):
     """Images by number."""
 
@@ -267,12 +255,11 @@ class Files:
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
         # Bytes in one array: every worker would end up with a copy of a list of strings, by counting references to it.
-        self.names = np.array([name.encode() for name in names], dtype=np.bytes_)
+        self.names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.shard = torch.zeros(len(names), dtype=torch.long)
 
     def load(self, index: int) -> Tensor:
-        path = self.root / self.names[index].decode()
-        return decode(path.read_bytes(), str(path))
+        return read_image(self.root / os.fsdecode(self.names[index]))
 
 
 class Shards:
@@ -281,22 +268,21 @@ class Shards:
     Args:
         paths: the tar files.
         index: where the index is kept, if the folder may be written to.
+        suffix: what the names of the images end with; by default those of all formats.
     """
 
-    def __init__(self, paths: Sequence[Path], index: Path) -> None:
+    def __init__(self, paths: Sequence[Path], index: Path, suffix: str | None = None) -> None:
         self.paths = paths
         state = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
-        rows: dict[str, np.ndarray] = {}
-        if index.exists():
-            with np.load(index) as kept:
-                rows = dict(kept)
-        if not np.array_equal(rows.get("state", 0), state):
+        rows = self._kept(index)
+        if not (np.array_equal(rows.get("state", 0), state) and np.array_equal(rows.get("suffix", 0), suffix or "")):
             with ThreadPoolExecutor() as pool:
-                shards = list(pool.map(self._samples, paths))
+                shards = list(pool.map(lambda path: shard_samples(path, suffix), paths))
             names, extents, labels = zip(*chain(*shards), strict=True) if any(shards) else ((), (), ())
             rows = {
                 "state": state,
-                "names": np.array([name.encode() for name in names], dtype=np.bytes_),
+                "suffix": np.array(suffix or ""),
+                "names": np.array([os.fsencode(name) for name in names], dtype=np.bytes_),
                 "extents": np.array(extents, dtype=np.int64).reshape(-1, 2),
                 "labels": np.array(labels, dtype=np.int64),
                 "shard": np.repeat(np.arange(len(paths)), [len(shard) for shard in shards]),
@@ -306,26 +292,15 @@ class Shards:
         self.labels, self.shard = torch.from_numpy(rows["labels"]), torch.from_numpy(rows["shard"])
 
     @staticmethod
-    def _samples(path: Path) -> list[tuple[str, tuple[int, int], int]]:
-        """Name, (offset, size) and label of every sample: the files of one name, as webdataset has it."""
-        samples = []
+    def _kept(index: Path) -> dict[str, np.ndarray]:
         try:
-            with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-                members = (
-                    {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
-                    for member in tar
-                    if member.isfile()
-                )
-                for sample in group_by_keys(members):
-                    for suffix in FORMATS:
-                        if suffix[1:] in sample:
-                            offset, size = sample.get("cls", (0, 0))
-                            file.seek(offset)
-                            label = int(file.read(size) or -1)
-                            samples.append((sample["__key__"] + suffix, sample[suffix[1:]], label))
-        except (tarfile.TarError, ValueError) as error:
-            raise ValueError(f"{path} is no uncompressed tar file of images with .cls labels: {error}") from error
-        return samples
+            with np.load(index) as kept:
+                return dict(kept)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # numpy's readers raise what they come across in a file that is broken
+            warnings.warn(f"{index} cannot be read, so it is written anew: {error}", stacklevel=2)
+            return {}
 
     @staticmethod
     def _save(index: Path, rows: dict[str, np.ndarray]) -> None:
@@ -341,7 +316,107 @@ class Shards:
         path, (offset, size) = self.paths[int(self.shard[index])], self.extents[index].tolist()
         with path.open("rb") as file:
             file.seek(offset)
-            return decode(file.read(size), f"{path}:{self.names[index].decode()}")
+            return decode(file.read(size), f"{path}:{os.fsdecode(self.names[index])}")
+
+
+class Sample(NamedTuple):
+    """An image in a tar file."""
+
+    name: str
+    extent: tuple[int, int]
+    """Where its bytes start, and how many they are."""
+    label: int
+    """-1 without."""
+
+
+def shard_samples(path: Path, suffix: str | None = None) -> list[Sample]:
+    """Return the images of a tar file.
+
+    Files whose names are the same up to the first dot are of one sample, as webdataset has it. A sample with several
+    images is taken for as many if each has a label of its own name up to the last dot, or if `suffix` tells images
+    from others.
+
+    Raises:
+        ValueError: the file is no uncompressed tar file, or it cannot be told which files are images, or whose.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            extents = _extents(tar)
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path} is no uncompressed tar file of images: {error}") from error
+    groups = defaultdict(list)
+    for name in filter(is_image, extents):
+        if suffix is None or name.lower().endswith(suffix.lower()):
+            groups[_up_to_dot(name, first=True)].append(name)
+    samples, unclear = [], []
+    with path.open("rb") as file:
+        for key, names in groups.items():
+            stems = [_up_to_dot(name) for name in names]
+            keys = [(stem, key) if len(names) == 1 else (stem,) for stem in stems]
+            labels = [_label(path, file, extents, each) for each in keys]
+            if len({*stems}) < len(names) or (len(names) > 1 and suffix is None and None in labels):
+                unclear += names
+            samples += [
+                Sample(name, extents[name], -1 if label is None else label)
+                for name, label in zip(names, labels, strict=True)
+            ]
+    if unclear:
+        raise ValueError(
+            f"{path} holds {len(unclear)} images whose names are the same up to the first dot, such as "
+            f"{_listed(unclear[:2])}: views of one, an image and its mask, or images with dots in their names? "
+            "--shard-images .jpg tells images by what their names end with; a label for each, NAME.cls, tells images "
+            "with dots."
+        )
+    return samples
+
+
+def _extents(tar: tarfile.TarFile) -> dict[str, tuple[int, int]]:
+    """Start and size of every file by name, those with it that are links to another."""
+    extents: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
+    for member in tar:
+        if member.name in extents or member.name in links:
+            raise ValueError(f"it holds {member.name} twice, and one of the two would be lost")
+        if member.isfile():
+            extents[member.name] = (member.offset_data, member.size)
+        elif member.islnk():
+            links[member.name] = member.linkname
+        elif member.issym():
+            links[member.name] = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname))
+    for name, target in links.items():
+        if target in extents:
+            extents[name] = extents[target]
+        elif is_image(name):
+            raise ValueError(f"{name} is a link to {target}, which is not in it")
+    return extents
+
+
+def _up_to_dot(name: str, first: bool = False) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + (file.partition(".")[0] if first else file.rpartition(".")[0])
+
+
+def _label(path: Path, file: BinaryIO, extents: Mapping[str, tuple[int, int]], keys: Sequence[str]) -> int | None:
+    """The number in a KEY.cls, or by "label" or "cls" in a KEY.json; None without."""
+    for name in (key + suffix for key in keys for suffix in (".cls", ".json")):
+        if name not in extents:
+            continue
+        offset, size = extents[name]
+        file.seek(offset)
+        content = file.read(size)
+        try:
+            if name.endswith(".cls"):
+                return int(content)
+            fields = json.loads(content)
+            labels = [fields[key] for key in ("label", "cls") if key in fields] if isinstance(fields, dict) else []
+            if labels:
+                return operator.index(labels[0])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}:{name} holds {content[:80]!r}; a label is an integer, alone in a .cls file, or by the name "
+                '"label" or "cls" in a .json file.'
+            ) from error
+    return None
 
 
 class Arrays:
@@ -367,27 +442,38 @@ class Found(NamedTuple):
 def _folders(root: Path, split: Split, expected: str = FOLDERS) -> Found:
     train = root / "train" if (root / "train").is_dir() else root
     folder = _first(root, "val", "test") if split == "val" else train
-    classes = _class_names(folder) if folder else []
-    loose = _first(root, "unlabelled", "unlabeled") if split == "unlabelled" else None
-    if split == "unlabelled" and not classes:
-        loose = folder
-    if not (classes or loose) or any((train / name / "train").is_dir() for name in classes):
+    classes = list_folders(folder) if folder else []
+    files = {name: [] for name in classes}
+    loose: list[str] = []
+    for path in list_images(folder) if folder else []:
+        name, slash, _ = path.partition("/")
+        (files[name] if slash else loose).append(path)
+    if not (classes or (folder and split == "unlabelled")) or any(
+        (train / name / "train").is_dir() for name in classes
+    ):
         _fail(root, split, expected)
-    if split == "val" and train != root and classes != _class_names(train):
-        differ = sorted({*classes} ^ {*_class_names(train)})
+    if split == "val" and train != root and classes != list_folders(train):
+        differ = sorted({*classes} ^ {*list_folders(train)})
         raise ValueError(
             f"{train} and {folder} have different classes: {_listed(differ)} in one of them alone. "
             "Both need a folder for every class."
         )
+    if split != "unlabelled":
+        if empty := [name for name in classes if not files[name]]:
+            raise FileNotFoundError(f"{folder}: found no valid file for the classes {_listed(empty)}.")
+        if loose:
+            raise ValueError(
+                f"{folder} has {len(loose)} images beside the folders of the classes, so without label, such as "
+                f"{loose[0]}: move them into the folder of their class, or out of {folder}."
+            )
 
-    try:
-        files = datasets.folder.make_dataset(folder, extensions=FORMATS) if classes else []
-    except FileNotFoundError as error:  # a class without images
-        raise FileNotFoundError(f"{folder}: {error}") from error
-    if loose is not None:
-        files += [(str(path), -1) for path in sorted(loose.rglob("*")) if path.suffix.lower() in FORMATS]
-    names = [path[len(str(root)) + 1 :] for path, _ in files]
-    return Found(Files(root, names), torch.tensor([label for _, label in files]), classes)
+    below = "" if folder == root else f"{folder.name}/"
+    names = [below + path for path in [*chain(*files.values()), *loose]]
+    labels = [*chain(*([label] * len(files[name]) for label, name in enumerate(classes))), *[-1] * len(loose)]
+    if split == "unlabelled" and (more := _first(root, "unlabelled", "unlabeled")):
+        unlabelled = list_images(more)
+        names, labels = names + [f"{more.name}/{path}" for path in unlabelled], labels + [-1] * len(unlabelled)
+    return Found(Files(root, names), torch.tensor(labels, dtype=torch.long), classes)
 
 
 def _tiny_imagenet(root: Path, split: Split) -> Found:
@@ -396,7 +482,7 @@ def _tiny_imagenet(root: Path, split: Split) -> Found:
         return _folders(root, split)
     if not annotations.is_file():
         _fail(root / "val", split, "val_annotations.txt beside images/")
-    classes = _class_names(root / "train")
+    classes = list_folders(root / "train")
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
     if unknown := {name for _, name in rows} - {*classes}:
         raise ValueError(f"{annotations} names classes that {root / 'train'} lacks: {_listed(sorted(unknown))}.")
@@ -414,12 +500,12 @@ def _torchvision(root: Path, split: Split, dataset: type[Any], unpacked: str) ->
     return Found(Arrays(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets), part.classes)
 
 
-def _shards(root: Path, split: Split) -> Found:
+def _shards(root: Path, split: Split, suffix: str | None) -> Found:
     name = "val" if split == "val" else "train"
     paths = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
     if not paths:
         _fail(root, split, f"{name}/*.tar or *{name}*.tar")
-    shards = Shards(paths, root / f"{name}-index.npz")
+    shards = Shards(paths, root / f"{name}-index.npz", suffix)
     count = int(shards.labels.max()) + 1 if len(shards.labels) else 0
     return Found(shards, shards.labels, [str(label) for label in range(count)])
 
@@ -428,7 +514,7 @@ def _subset(
     file: Path, split: Split, names: np.ndarray, labels: Tensor, classes: Sequence[str]
 ) -> tuple[Tensor, Tensor, Sequence[str]]:
     """The images that a list keeps, their labels and classes."""
-    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in os.fsdecode(file.read_bytes()).splitlines() if line.strip()]
     if {*lines} <= {*classes}:
         chosen = [name for name in classes if name in {*lines}]
         new = torch.full((len(classes) + 1,), -1)  # the last is that of images without label
@@ -439,9 +525,10 @@ def _subset(
         return torch.arange(len(labels)), labels, classes
     places = defaultdict(list)
     for index, name in enumerate(names.tolist()):
-        places[name.decode().rpartition("/")[2]].append(index)
+        places[os.fsdecode(name).rpartition("/")[2]].append(index)
     found = [
-        [i for i in places[line.rpartition("/")[2]] if f"/{names[i].decode()}".endswith(f"/{line}")] for line in lines
+        [i for i in places[line.rpartition("/")[2]] if f"/{os.fsdecode(names[i])}".endswith(f"/{line}")]
+        for line in lines
     ]
     if missing := [line for line, indices in zip(lines, found, strict=True) if len(indices) != 1]:
         raise FileNotFoundError(
@@ -450,10 +537,6 @@ def _subset(
         )
     kept = torch.tensor(found)[:, 0].unique()
     return kept, labels[kept], classes
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def _first(root: Path, *names: str) -> Path | None:

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import to_pil_image
 
 from tests.examples.detection import rectangles
 
@@ -197,5 +201,44 @@ def test_images_that_differ_from_their_annotation(datasets: ModuleType, tmp_path
     items = datasets.Detections(datasets.read([source]))
     with pytest.raises(ValueError, match=r"train0.png is 64 x 64 pixels, but its annotation says 100 x 100"):
         items[0]
-    with pytest.raises(ValueError, match=r"train1.png cannot be decoded"):
+    with pytest.raises(ValueError, match=r"train1.png \(10 bytes\) cannot be decoded"):
         items[1]
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(2, lambda x: x.flip(2)), (3, lambda x: x.flip(1, 2)), (6, None)])
+def test_boxes_are_those_of_the_upright_image(
+    datasets: ModuleType, tmp_path: Path, orientation: int, turn: Callable[[Tensor], Tensor] | None
+) -> None:
+    source = rectangles.voc(tmp_path, "train", 1)
+    upright, _ = rectangles.picture(0)
+    stored = turn(upright) if turn else upright.rot90(1, (1, 2))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    to_pil_image(stored).save(tmp_path / "JPEGImages" / "train0.png", exif=tags)
+    image, target = datasets.Detections(datasets.read([source]))[0]
+    for (left, top, right, bottom), colour in zip(
+        target["boxes"].int().tolist(), rectangles.COLOURS.values(), strict=True
+    ):
+        inside = image[:, top:bottom, left:right]
+        assert torch.equal(inside, torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand_as(inside))
+
+
+def test_an_annotation_of_the_stored_pixels_is_told(datasets: ModuleType, tmp_path: Path) -> None:
+    folder, _, file = rectangles.coco(tmp_path / "coco", 1).rpartition(":")
+    tags = Image.Exif()
+    tags[0x0112] = 8
+    Image.new("RGB", (64, 32)).save(Path(folder) / "0.png", exif=tags)
+    content = json.loads(Path(file).read_text())
+    content["images"][0]["height"] = 32
+    content["annotations"] = [content["annotations"][0] | {"bbox": [0, 0, 10, 10]}]
+    Path(file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"32 x 64 pixels, but .* 64 x 32; that is how it is stored, before its EXIF"):
+        datasets.Detections(datasets.read([f"{folder}:{file}"]))[0]
+
+
+def test_sixteen_bits_of_grey_stay_grey(datasets: ModuleType, tmp_path: Path) -> None:
+    source = rectangles.voc(tmp_path, "train", 1)
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "JPEGImages" / "train0.png")
+    image, _ = datasets.Detections(datasets.read([source]))[0]
+    assert torch.equal(image, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torchvision.io import write_jpeg
+from torchvision.transforms.v2.functional import to_pil_image
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "detection"
 CONFIGS = EXAMPLE / "configs"
@@ -100,7 +100,7 @@ def squares(tmp_path: Path) -> Path:
         x, y = 10 * i + 5, 60 - 8 * i
         image = torch.full((3, 96, 128), 40, dtype=torch.uint8)
         image[:, y : y + 30, x : x + 30] = 220
-        write_jpeg(image, str(root / f"JPEGImages/{name}.jpg"))
+        to_pil_image(image).save(root / f"JPEGImages/{name}.jpg", quality=75)
         box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 30}.0</xmax><ymax>{y + 30}</ymax>"
         (root / f"Annotations/{name}.xml").write_text(
             f"<annotation><size><width>128</width><height>96</height></size>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def test_the_index_of_shards_is_kept_and_follows_them(tmp_path: Path, monkeypatc
     before = load(make_shards(tmp_path), "train", "webdataset")
     assert (tmp_path / "train-index.npz").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(data.Shards, "_samples", None)
+        patch.setattr(data, "shard_samples", None)
         again = load(tmp_path, "train", "webdataset")
     assert all(torch.equal(again[i][0], before[i][0]) for i in range(12))
     (tmp_path / "train" / "000.tar").unlink()
@@ -197,24 +198,225 @@ def test_shards_as_webdataset_writes_them(tmp_path: Path) -> None:
     assert torch.equal(data[2][0], pixels(picture(2)))
 
 
+def make_shard(path: Path, files: dict[str, bytes | None], links: dict[str, str] | None = None) -> Path:
+    """A tar file of these files, an image each where there is no content, and of hard links."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, (name, content) in enumerate(files.items()):
+            member, content = tarfile.TarInfo(name), encoded(number) if content is None else content
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"22.05.png": None, "22.05.cls": b"1", "22.06.png": None, "22.06.cls": b"2\n"},
+            {"22.05.png": 1, "22.06.png": 2},
+        ),
+        ({"photo.v2.png": None, "photo.v2.cls": b"1"}, {"photo.v2.png": 1}),
+        ({"./train/a.left.png": None, "./train/a.cls": b"3"}, {"./train/a.left.png": 3}),
+        ({"x/0.png": None, "x/0.cls": b"0", "y/0.png": None, "y/0.cls": b"1"}, {"x/0.png": 0, "y/0.png": 1}),
+        ({"a.PNG": None, "a.json": b'{"label": 3, "caption": "a cat"}'}, {"a.PNG": 3}),
+        ({"a.png": None, "a.json": b'{"caption": "a cat"}'}, {"a.png": -1}),
+        ({"a.png": None, "__MACOSX/._a.png": b"attributes", "._a.png": b"attributes"}, {"a.png": -1}),
+        ({os.fsdecode(b"caf\xe9.png"): None}, {os.fsdecode(b"caf\xe9.png"): -1}),
+    ],
+)
+def test_names_in_shards(tmp_path: Path, files: dict[str, bytes | None], expected: dict[str, int]) -> None:
+    make_shard(tmp_path / "train" / "0.tar", files)
+    data = load(tmp_path, "unlabelled", "webdataset")
+    assert dict(zip(map(os.fsdecode, data.source.names.tolist()), data.labels.tolist(), strict=True)) == expected
+    assert torch.equal(data[0][0], pixels(picture(0)))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a.jpg": None, "a.png": None, "a.cls": b"0"},
+            "2 images whose names .* such as a.jpg, a.png: .*--shard-images",
+        ),
+        ({"a.jpg": None, "a.mask.png": None, "a.cls": b"0"}, "2 images whose names .* a.mask.png"),
+        ({"22.05.png": None, "22.06.png": None}, "2 images whose names .* 22.05.png, 22.06.png"),
+        ({"a.png": None, "a.cls": b"cat"}, "0.tar:a.cls holds b'cat'; a label is an integer"),
+        ({"a.png": None, "a.json": b'{"label": "cat"}'}, "0.tar:a.json holds .*; a label is an integer"),
+        ({"a.png": None, "a.json": b"{"}, "0.tar:a.json holds"),
+    ],
+)
+def test_what_cannot_be_told_of_a_shard_is_refused(
+    tmp_path: Path, files: dict[str, bytes | None], message: str
+) -> None:
+    make_shard(tmp_path / "train" / "0.tar", files)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, "train", "webdataset")
+
+
+def test_the_images_of_a_shard_are_told_from_their_masks_by_a_suffix(tmp_path: Path) -> None:
+    files = {"a.jpg": None, "a.png": None, "a.cls": b"4", "b.jpg": None, "b.seg.png": None, "b.v2.jpg": None}
+    make_shard(tmp_path / "train" / "0.tar", files)
+    for suffix, expected in ((".jpg", {b"a.jpg": 4, b"b.jpg": -1, b"b.v2.jpg": -1}), ("seg.png", {b"b.seg.png": -1})):
+        data = load(tmp_path, "train", "webdataset", shard_images=suffix)
+        assert dict(zip(data.source.names.tolist(), data.labels.tolist(), strict=True)) == expected
+
+
+def test_links_in_shards(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "train" / "0.tar", {"a.png": None}, {"b.png": "a.png"})
+    data = load(tmp_path, "train", "webdataset")
+    assert len(data) == 2
+    assert torch.equal(data[1][0], pixels(picture(0)))
+    make_shard(shard, {"a.png": None}, {"b.png": "c.png"})
+    with pytest.raises(ValueError, match="b.png is a link to c.png, which is not in it"):
+        load(tmp_path, "train", "webdataset")
+
+
+def test_a_broken_index_is_written_anew(tmp_path: Path) -> None:
+    load(make_shards(tmp_path), "train", "webdataset")
+    index = tmp_path / "train-index.npz"
+    for content in (index.read_bytes()[:100], b"", b"no index"):
+        index.write_bytes(content)
+        with pytest.warns(UserWarning, match="train-index.npz cannot be read, so it is written anew"):
+            assert len(load(tmp_path, "train", "webdataset")) == 12
+        assert len(load(tmp_path, "train", "webdataset")) == 12
+
+
+# What real folders hold
+
+
+def make_files(root: Path, *names: str | bytes) -> Path:
+    """A folder of images at these paths; a path that ends with a slash is an empty folder."""
+    for number, name in enumerate(names):
+        path = root / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if os.fsencode(name).endswith(b"/"):
+            path.mkdir(parents=True)
+        else:
+            path.write_bytes(encoded(number))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "classes"),
+    [
+        (["1.png", "2.bmp", "3.TIF", "more/4.jfif"], [0, -1, -1, -1], ["more"]),
+        (["1.png", "2.png", ".ipynb_checkpoints/1-checkpoint.png", "@eaDir/1.png", "._1.png"], [-1, -1], []),
+        (["train/a/1.png", "train/b/2.png", "train/.ipynb_checkpoints/1.png", "train/__MACOSX/"], [0, 1], ["a", "b"]),
+        (["train/a/1.png", "train/a/.thumbnails/1.png", "train/a/deep/er/2.png", "train/b/.x.png"], [0, 0], ["a", "b"]),
+        (["train/a/1.png", "train/2.png", "unlabeled/3.png", "unlabeled/.cache/3.png"], [0, -1, -1], ["a"]),
+        ([b"train/caf\xe9/\xff.png", "train/x/雪 2.png"], [0, 1], [os.fsdecode(b"caf\xe9"), "x"]),
+    ],
+)
+def test_every_image_once_and_no_hidden_folder_a_class(
+    tmp_path: Path, names: list[str | bytes], labels: list[int], classes: list[str]
+) -> None:
+    data = load(make_files(tmp_path, *names), "unlabelled")
+    assert (data.labels.tolist(), data.classes) == (labels, sorted(classes))
+    seen = {data[i][0].numpy().tobytes() for i in range(len(data))}
+    assert len(seen) == len(labels)
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    root = make_files(tmp_path / "data", "train/a/0.png", "unlabeled/1.png")
+    make_files(tmp_path / "disk", "2.png", "deep/3.png")
+    (root / "train" / "b").symlink_to(tmp_path / "disk")
+    (root / "unlabeled" / "part").symlink_to(tmp_path / "disk")
+    (root / "train" / "a" / "round").symlink_to(root / "train")  # a circle
+    assert load(root, "unlabelled").labels.tolist() == [0, 1, 1, -1, -1, -1]
+    assert load(root, "train").classes == ["a", "b"]
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    from files import BadImageError
+
+    root = make_files(tmp_path, "train/a/0.png")
+    (root / "train" / "a" / "1.png").symlink_to(tmp_path / "gone.png")
+    data = load(root)
+    with pytest.raises(BadImageError, match=r"a/1.png cannot be read: .*; it is a link to .*gone.png"):
+        data[1]
+    with pytest.warns(UserWarning, match="the next image takes its place"):
+        assert torch.equal(load(root, skip_bad_images=True)[1][0], data[0][0])
+    (root / "train" / "b").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"1 links in .* lead nowhere, such as .*train/b to .*gone: put"):
+        load(root)
+
+
+def test_images_that_cannot_have_a_label_are_counted(tmp_path: Path) -> None:
+    make_files(tmp_path, "train/a/0.png", "train/1.png", "train/2.png")
+    with pytest.raises(ValueError, match=r"has 2 images beside the folders of the classes, .* such as 1.png: move"):
+        load(tmp_path)
+
+
+# Decoding
+
+
+@pytest.fixture(params=["fast", "Pillow"])
+def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    import files
+
+    if request.param == "Pillow":
+        monkeypatch.setattr(files, "decode_jpeg", None)
+    elif files.decode_jpeg is None:
+        pytest.skip("no fast decoder is installed")
+    return files.decode
+
+
 @pytest.mark.parametrize(
     ("mode", "kind"), [("CMYK", "JPEG"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "PNG"), ("P", "GIF")]
 )
-def test_any_colour_space_becomes_rgb(mode: str, kind: str) -> None:
-    from data import decode
-
+def test_any_colour_space_becomes_rgb(decode: Any, mode: str, kind: str) -> None:
     buffer, smooth = io.BytesIO(), Image.linear_gradient("L").convert("RGB")
     smooth.convert(mode).save(buffer, kind)
     expected = pixels(Image.open(buffer).convert("RGB")).float()
     assert (decode(buffer.getvalue(), "x").float() - expected).abs().max() <= 2
 
 
-def test_sixteen_bits_become_eight() -> None:
-    from data import decode
-
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight(decode: Any, kind: str) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(buffer, "PNG")
-    assert torch.equal(decode(buffer.getvalue(), "x"), torch.full((3, 4, 4), 255, dtype=torch.uint8))
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(buffer, kind)
+    expected = torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1)
+    assert torch.equal(decode(buffer.getvalue(), "x"), expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_stored_turned_or_mirrored_is_upright(decode: Any, orientation: int, kind: str) -> None:
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24], upright[:16, 24:] = (255, 0, 0), (0, 255, 0)  # so that no two ways to hold it are alike
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    tags, buffer = Image.Exif(), io.BytesIO()
+    tags[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, kind, exif=tags)
+    difference = decode(buffer.getvalue(), "x").float() - torch.from_numpy(upright).permute(2, 0, 1)
+    assert difference.abs().mean() < 8  # the smear of compression
+
+
+def test_floats_are_refused(decode: Any) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="x .* cannot be decoded: its values are floats of no known range"):
+        decode(buffer.getvalue(), "x")
+
+
+def test_decoding_warns_of_nothing(recwarn: pytest.WarningsRecorder, decode: Any) -> None:
+    decode(encoded(0, "JPEG"), "x")
+    assert not recwarn.list
 
 
 # Subsets
@@ -297,7 +499,7 @@ def test_a_list_of_what_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [encoded(0, "JPEG")[:-200], b"<html>no image</html>", b""])
 def test_a_bad_image_is_named(tmp_path: Path, content: bytes) -> None:
-    from data import BadImageError
+    from files import BadImageError
 
     path = make_folder(tmp_path) / "train" / "a" / "a_2.png"
     path.write_bytes(content)
@@ -306,7 +508,7 @@ def test_a_bad_image_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_bad_image_in_a_shard_is_named(tmp_path: Path) -> None:
-    from data import BadImageError
+    from files import BadImageError
 
     make_shards(tmp_path)
     path = tmp_path / "train" / "000.tar"
