@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from torch.nn.parameter import is_lazy
+from typing_extensions import Self, override
 
-from cgh.wrappers import unwrap
+from cgh.state import Counted, LocalTensors
+from cgh.wrappers import plain_names, unwrap
 
 
-class EMATeacher(nn.Module):
+class EMATeacher(Counted):
     """A copy of the student whose parameters follow it as an exponential moving average.
 
     `teacher = momentum * teacher + (1 - momentum) * student`, after each optimiser step. Only parameters are averaged:
     buffers, such as batch-norm statistics, are the teacher's own, from its own batches.
 
+    Where the teacher's parameters are in half precision, what moves in one update is less than their rounding: their
+    average is kept in float32 beside them, in `averages`, and saved with them. The student may be of any precision, but
+    has to be on the teacher's device.
+
     Args:
-        student: the module to copy; wrappers, such as DistributedDataParallel or `torch.compile`'s, stay behind.
+        student: the module to copy, also when wrapped, see `cgh.wrappers.unwrap`.
         momentum: between 0 (a copy of the student) and 1 (frozen), or a function from the number of updates made so
             far to it.
 
@@ -28,7 +34,9 @@ class EMATeacher(nn.Module):
         That of the student; the outputs need no gradient.
 
     Raises:
-        ValueError: a momentum outside [0, 1], or a student whose parameters have other names or shapes.
+        TypeError: a student that cannot be copied.
+        ValueError: a momentum outside [0, 1]; on `update`, a student whose parameters have other names or shapes, or
+            are on another device.
 
     Example:
         >>> import torch, cgh
@@ -42,10 +50,21 @@ class EMATeacher(nn.Module):
 
     def __init__(self, student: nn.Module, momentum: float | Callable[[int], float] = 0.999) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(unwrap(student)).requires_grad_(False)
+        self.encoder = _copy(unwrap(student)).requires_grad_(False)
         self.encoder.zero_grad(set_to_none=True)
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
-        self.updates = 0
+        self.averages = _Averages()
+        self.averages.follow(_Parameters(self.encoder).named())
+        self._known: tuple[_Parameters, _Parameters] | None = None  # the teacher's and the student's
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far. Reading it waits for an accelerator."""
+        return self._get_count()
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._set_count(updates)
 
     @override
     @torch.no_grad()
@@ -56,25 +75,155 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move every parameter towards the student's, in one grouped in-place operation."""
-        ours, theirs = dict(self.encoder.named_parameters()), dict(unwrap(student).named_parameters())
-        shapes, expected = ({n: tuple(p.shape) for n, p in parameters.items()} for parameters in (theirs, ours))
-        if shapes != expected:
-            names = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
-            raise ValueError(
-                f"student and teacher differ in {len(names)} parameters, the first {names[0]!r}: "
-                f"student {shapes.get(names[0])}, teacher {expected.get(names[0])}. Update from the module it copied."
+        ours, theirs = self._parameters_with(unwrap(student))
+        if callable(self.momentum) and _is_capturing(ours):
+            raise RuntimeError(
+                "momentum is a function, which a CUDA graph calls once for all its replays: give a number, or update "
+                "the teacher outside of the graph."
             )
-        momentum = _check_momentum(self.momentum(self.updates)) if callable(self.momentum) else self.momentum
-        torch._foreach_lerp_(list(ours.values()), [theirs[name] for name in ours], 1.0 - momentum)
-        self.updates += 1
+        momentum = _check_momentum(self.momentum(self._seen)) if callable(self.momentum) else self.momentum
+        averages = self.averages.follow(ours)
+        goals = [theirs[n] if theirs[n].dtype == x.dtype else theirs[n].to(x.dtype) for n, x in averages.items()]
+        torch._foreach_lerp_(list(averages.values()), goals, 1.0 - momentum)
+        self.averages.write(ours)
+        self._advance()
+
+    def _parameters_with(self, student: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The teacher's parameters and the student's by name, checked where they are not those of the last update."""
+        known = self._known
+        if known is None or not (known[0].are_of(self.encoder) and known[1].are_of(student)):
+            known = _Parameters(self.encoder), _Parameters(student)
+        ours, theirs = known[0].named(), known[1].named()
+        if known is not self._known or len({x.device for x in (*ours.values(), *theirs.values())}) > 1:
+            _check_alike(theirs, ours)
+        self._known = known
+        return ours, theirs
 
     @override
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.updates)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.averages.follow(_Parameters(self.encoder).named())
+        nn.Module._apply(self, fn, recurse)
+        self.averages.accept()
+        self.averages.follow(_Parameters(self.encoder).named())
+        return self
 
     @override
-    def set_extra_state(self, state: Tensor) -> None:
-        self.updates = int(state)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None}  # so that a copy of the teacher holds no copy of the student
+
+
+class _Averages(LocalTensors):
+    """Averages in float32 of the parameters that are in half precision, by their names with "/" in place of "."."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self._versions: dict[str, int] = {}
+
+    def follow(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what stands for each parameter: itself, or its average, begun anew where others have written to it."""
+        averages = {}
+        for name, x in parameters.items():
+            if x.dtype.is_floating_point and x.dtype.itemsize < 4:
+                average = self._tensors.get(name.replace(".", "/"))
+                if average is None or self._versions.get(name, x._version) != x._version:
+                    average = x.detach().float()
+                averages[name] = average.to(x.device)
+        self._tensors = {name.replace(".", "/"): x for name, x in averages.items()}
+        return {**parameters, **averages}
+
+    def write(self, parameters: Mapping[str, Tensor]) -> None:
+        """Round the averages into their parameters."""
+        if self._tensors:
+            rounded = {n: x for n, x in parameters.items() if n.replace(".", "/") in self._tensors}
+            torch._foreach_copy_(list(rounded.values()), list(self._tensors.values()))
+            self._versions = {name: x._version for name, x in rounded.items()}
+
+    def accept(self) -> None:
+        """Take the parameters' present values for the averages'."""
+        self._versions = {}
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._tensors
+        super()._apply(fn, recurse)
+        self._tensors = {n: x if x.dtype == torch.float32 else before[n].to(x.device) for n, x in self._tensors.items()}
+        return self
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+    ) -> None:
+        # What is not there begins at its parameter, and what has no parameter in half precision is not needed.
+        saved = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
+        self._tensors = {name: x.detach().clone() for name, x in saved.items()}
+        self.accept()
+
+
+class _Parameters:
+    """The parameters of a module, which are found again without a walk through it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parts = [
+            (part._modules, dict(part._modules), part._parameters, set(part._parameters)) for part in module.modules()
+        ]
+        slots = {
+            f"{prefix}.{name}".removeprefix("."): (part._parameters, name)
+            for prefix, part in module.named_modules()
+            for name in part._parameters
+        }
+        names = plain_names(module, [name for name, _ in module.named_parameters()])
+        self.slots = {plain: slots[name] for plain, name in names.items()}
+
+    def are_of(self, module: nn.Module) -> bool:
+        """Whether these are all parameters of `module`."""
+        return module is self.module and all(
+            children == modules and parameters.keys() == names for children, modules, parameters, names in self.parts
+        )
+
+    def named(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return {name: parameters[key] for name, (parameters, key) in self.slots.items()}
+
+
+def _copy(student: nn.Module) -> nn.Module:
+    """A deep copy of the student, or an error that says what cannot be copied."""
+    for name, x in (*student.named_parameters(), *student.named_buffers()):
+        if is_lazy(x):
+            raise TypeError(f"the student's {name!r} has no shape yet; run a batch through the student first.")
+    for name, part in student.named_modules():
+        for key, x in (*vars(part).items(), *part._buffers.items()):
+            if isinstance(x, Tensor) and not x.is_leaf:
+                raise TypeError(
+                    f"the student's {f'{name}.{key}'.removeprefix('.')!r} was computed with gradient and cannot be "
+                    "copied. Of torch.nn.utils.weight_norm or spectral_norm, take those in "
+                    "torch.nn.utils.parametrizations; else detach it."
+                )
+    try:
+        return copy.deepcopy(student)
+    except Exception as error:
+        raise TypeError(f"the student ({type(student).__name__}) cannot be copied: {error}") from error
+
+
+def _check_alike(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless student and teacher have parameters of the same names and shapes, on the same devices."""
+    shapes, expected = ({n: tuple(p.shape) for n, p in parameters.items()} for parameters in (theirs, ours))
+    if shapes != expected:
+        names = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+        raise ValueError(
+            f"student and teacher differ in {len(names)} parameters, the first {names[0]!r}: "
+            f"student {shapes.get(names[0])}, teacher {expected.get(names[0])}. Update from the module it copied."
+        )
+    for name, x in ours.items():
+        if (device := theirs[name].device) != x.device:
+            raise ValueError(
+                f"{name!r} of the student is {theirs[name].dtype} on {device}, of the teacher {x.dtype} on {x.device}. "
+                f"Move the teacher too: teacher.to({str(device)!r})."
+            )
+
+
+def _is_capturing(parameters: Mapping[str, Tensor]) -> bool:
+    return any(x.is_cuda for x in parameters.values()) and torch.cuda.is_current_stream_capturing()
 
 
 def _check_momentum(momentum: float) -> float:

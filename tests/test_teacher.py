@@ -94,3 +94,125 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"differ in 2 parameters, the first 'bias': student \(3,\), teacher \(2,\)"):
         teacher.update(nn.Linear(2, 3))
     assert torch.equal(teacher.encoder.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("when", ["before", "after", "student alone", "teacher's encoder alone"])
+def test_goes_almost_all_the_way_in_every_precision(dtype: torch.dtype, when: str) -> None:
+    student = nn.Linear(8, 8)
+    if when == "before":
+        student.to(dtype)
+    teacher = cgh.EMATeacher(student, momentum=0.99)
+    for module, moment in ((student, "student alone"), (teacher.encoder, "teacher's encoder alone")):
+        if when in ("after", moment):
+            module.to(dtype)
+    start = teacher.encoder.weight.double().clone()
+    with torch.no_grad():
+        student.weight.add_(0.01)
+    for _ in range(600):
+        teacher.update(student)
+    goal = student.weight.double()
+    assert ((teacher.encoder.weight.double() - start).sum() / (goal - start).sum()).item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_average_of_half_precision_is_saved_moved_and_begun_anew() -> None:
+    student = nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    teacher, twin = cgh.EMATeacher(student, 0.999), cgh.EMATeacher(student, 0.999)
+    states = [perturbed(student) for _ in range(6)]
+    for state in states[:3]:
+        teacher.update(state)
+    twin.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    twin.bfloat16()  # as a trainer does once more at every start
+    for state in states[3:]:
+        teacher.update(state)
+        twin.update(state)
+    assert all(x.dtype == torch.float32 for x in teacher.averages.state_dict().values())
+    torch.testing.assert_close(twin.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+    copied = copy.deepcopy(teacher)
+    with torch.no_grad():
+        copied.encoder[0].weight.zero_()  # another's write: weights that were loaded by hand
+    copied.update(student)
+    torch.testing.assert_close(copied.encoder[0].weight, (student[0].weight.float() * 0.001).bfloat16())
+
+    single = cgh.EMATeacher(nn.Sequential(nn.Linear(4, 4)))  # states go between precisions
+    single.load_state_dict(teacher.state_dict())
+    teacher.load_state_dict(single.state_dict())
+    teacher.update(student)
+
+
+def test_parameters_and_modules_that_are_replaced_are_followed() -> None:
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    teacher = cgh.EMATeacher(student, momentum=0.0)
+    for change in (
+        lambda: setattr(student[0], "weight", nn.Parameter(torch.randn(2, 2))),
+        lambda: student.load_state_dict(perturbed(student).state_dict(), assign=True),
+        lambda: student.__setitem__(1, nn.Linear(2, 2)),
+        lambda: student[1].requires_grad_(False),
+    ):
+        teacher.update(student)
+        change()
+        teacher.update(student)
+        for name, x in student.named_parameters():
+            assert torch.equal(teacher.encoder.get_parameter(name), x), name
+    student.append(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="differ in 2 parameters, the first '2.bias'"):
+        teacher.update(student)
+
+
+def test_wrappers_on_either_side_are_taken_off() -> None:
+    student = nn.Sequential(nn.Linear(2, 2))
+    teacher = cgh.EMATeacher(nn.DataParallel(torch.compile(student, backend="eager")), momentum=0.0)
+    moved = perturbed(student)
+    moved[0] = torch.compile(moved[0], backend="eager")
+    teacher.update(torch.optim.swa_utils.AveragedModel(moved))
+    assert torch.equal(teacher.encoder[0].weight, moved[0].weight)
+
+
+def test_a_copy_of_the_teacher_holds_no_student() -> None:
+    student = nn.Linear(2, 2)
+    teacher = cgh.EMATeacher(student)
+    teacher.update(student)
+    copied = copy.deepcopy(teacher)
+    assert copied._known is None
+    copied.update(student)
+    teacher.update(student)
+    torch.testing.assert_close(copied.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.last = self.linear(torch.ones(1, 2))
+
+
+def test_students_that_cannot_be_copied_or_have_gone_elsewhere() -> None:
+    with pytest.warns(FutureWarning):
+        normed = nn.utils.weight_norm(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"'0.weight' was computed with gradient .* torch.nn.utils.parametrizations"):
+        cgh.EMATeacher(nn.Sequential(normed))
+    with pytest.raises(TypeError, match="'last' was computed with gradient .* detach it"):
+        cgh.EMATeacher(Remembers())
+    with pytest.raises(TypeError, match="'weight' has no shape yet; run a batch"):
+        cgh.EMATeacher(nn.LazyLinear(2))
+    student = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    cgh.EMATeacher(student).update(student)
+
+    student = nn.Linear(2, 2)
+    teacher = cgh.EMATeacher(student)
+    with pytest.raises(ValueError, match=r"'weight' of the student is torch.bfloat16 on meta, of the teacher torch.fl"):
+        teacher.update(student.bfloat16().to("meta"))
+
+
+def test_an_update_is_one_grouped_operation() -> None:
+    student = small_encoder()
+    teacher = cgh.EMATeacher(student)
+    teacher.update(student)
+    with torch.profiler.profile() as profile:
+        teacher.update(student)
+    counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert counts["aten::_foreach_lerp_"] == 1
+    assert counts.keys() - {"aten::lerp_"} == {"aten::_foreach_lerp_", "aten::add_"}, counts  # and the count
