@@ -17,18 +17,27 @@ convolution of stride 1 in front and no max pool:
 | `queue_ptr`, `queue_hyper_ptr` | the memory's pointer |
 | `center`, `center_hyper` | the centring, `(1, size)` there and `(size,)` here |
 
-The reference moves its teacher at the start of a step, this library at its end, so the teacher of a checkpoint that the
-reference wrote is one update behind. To go on exactly as the reference would, call
-`model.teacher.update(model.student)` once after reading.
+`resume` goes on with a run of the reference as the reference would, and `save` writes a file that its `--resume` goes
+on from. Both take care of what `load` and `state_dict`, which copy tensors as they are, leave alone:
+
+| | |
+| --- | --- |
+| `optimizer0` | SGD's momentum by the parameter's position: without decay first (ImageNet), or as they come (CIFAR) |
+| `epoch` | epochs that are done; times the steps of one, where schedule and warm-up stand |
+| the teacher | moved at the start of a step there, at its end here: in a file it is one update behind |
+
+The reference does not keep the state of its gradient scaler: with mixed precision that starts anew, as there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cgh import checkpoint
 from cgh.interop.matching import check_match, check_tensors
@@ -44,6 +53,8 @@ HEADS = {
 BANKS = {"queue": "global", "queue_hyper": "hypercolumn"}
 CENTRES = {"center": "global", "center_hyper": "hypercolumn"}
 POINTERS = ("queue_ptr", "queue_hyper_ptr")
+MODULES = ("encoder_q.", "encoder_k.", "hypercols_proj_q.", "hypercols_proj_k.")  # as the reference registers them
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Weights of the hypercolumn's layers, which the reference keeps and does not apply.
 SCALES = {"layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1.0}
 
@@ -57,11 +68,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, is cut short, or holds a pickle that would run code.
     """
-    state = checkpoint.load(path)
-    for name in ("net", "state_dict"):
-        if isinstance(state.get(name), Mapping):
-            state = state[name]
-    return {key.removeprefix("module."): x for key, x in check_tensors(state, str(path)).items()}
+    return _tensors(checkpoint.load(path), path)
 
 
 @torch.no_grad()
@@ -114,6 +121,210 @@ def state_dict(model: CGH) -> dict[str, Tensor]:
     return _unused_tensors(model) | state | {key: torch.tensor([model.memory.pointer]) for key in POINTERS}
 
 
+class Resumed(NamedTuple):
+    """Where a run of the reference stood."""
+
+    epoch: int
+    """Epochs that are done."""
+    step: int
+    """Steps that are done."""
+    rest: dict[str, Tensor]
+    """What the model has no place for, as `load` returns it; `save` takes it."""
+
+
+@torch.no_grad()
+def resume(path: str | os.PathLike[str], model: CGH, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Resumed:
+    """Go on with a run of the reference: its tensors, its momentum, where its warm-up stands, and the teacher's update.
+
+    The next step's losses and weights are those that the reference itself would have had. Learning rate, weight decay
+    and the coefficient of the momentum stay the optimiser's own; `parameter_groups` has the reference's.
+
+    Args:
+        path: a checkpoint that the reference wrote, or `save`.
+        model: of the same backbone, layers, widths and memory size.
+        optimizer: SGD of the student's parameters, in any groups.
+        steps_per_epoch: the reference's batches in an epoch, the last incomplete one left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `read` and `load`; the file has no momentum, or not of these parameters; the optimiser has
+            parameters that are not the student's. Nothing is changed then.
+
+    Example:
+        >>> import tempfile, torch, torchvision, cgh
+        >>> from cgh.interop import reference
+        >>> model = cgh.CGH(torchvision.models.resnet18(), dim=8, hidden_dim=16, memory_size=32)
+        >>> optimizer = torch.optim.SGD(reference.parameter_groups(model), lr=0.05, momentum=0.9)
+        >>> output = model(*torch.randn(2, 4, 3, 32, 32))
+        >>> output.loss.backward(); optimizer.step()
+        >>> model.update(output)
+        >>> path = tempfile.mkdtemp() + "/run.pth.tar"
+        >>> reference.save(path, model, optimizer, epoch=1, arch="resnet18")
+        >>> resumed = reference.resume(path, model, optimizer, steps_per_epoch=1)
+        >>> resumed.epoch, resumed.step
+        (1, 1)
+    """
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it is how many batches an epoch of the run had.")
+    content = checkpoint.load(path)
+    state = _tensors(content, path)
+    epoch = content.get("epoch")
+    if not isinstance(epoch, int) or epoch < 0:
+        raise ValueError(f"{path} has no count of epochs (epoch is {epoch!r}): no checkpoint of a run.")
+    momenta = _momenta(content.get("optimizer0"), state, path)
+    ours = _parameters_of(model, optimizer)
+    check_match(momenta, ours, f"the momentum in {path}")
+    rest = load(model, state)
+    for key, parameter in ours.items():
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momenta[key])
+    step = epoch * steps_per_epoch
+    model.steps = step
+    model.teacher.updates = max(step - 1, 0)
+    model.teacher.update(model.student)
+    model.teacher.updates = step
+    return Resumed(epoch, step, rest)
+
+
+@torch.no_grad()
+def save(
+    path: str | os.PathLike[str],
+    model: CGH,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    arch: str,
+    rest: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint at the end of an epoch that the reference goes on from by its `--resume`.
+
+    An optimiser of one group becomes the one of the reference's CIFAR variant, any other the two of its ImageNet
+    variant. The teacher is put back by one update, which the reference makes first.
+
+    Args:
+        path: the file, written whole or not at all.
+        model: the model.
+        optimizer: SGD of the student's parameters, in any groups.
+        epoch: epochs that are done.
+        arch: torchvision's name of the backbone, which the reference compares with its own.
+        rest: what `resume` returned as that.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: as `state_dict`; the optimiser has parameters that are not the student's.
+    """
+    state = state_dict(model) | dict(rest or {})
+    teacher, momentum = model.teacher, model.teacher.momentum
+    momentum = momentum(max(teacher.updates - 1, 0)) if callable(momentum) else momentum
+    for key in _parameters(state):
+        student = key.replace("encoder_k.", "encoder_q.").replace("hypercols_proj_k.", "hypercols_proj_q.")
+        if key != student and momentum > 0:
+            state[key] = torch.lerp(state[student], state[key], 1 / momentum)
+    ours = _parameters_of(model, optimizer)
+    groups = _groups(_parameters(state)) if len(optimizer.param_groups) > 1 else [_parameters(state)]
+    order = [key for group in groups for key in group]
+    options = {key: x for key, x in optimizer.param_groups[0].items() if key != "params"}
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    content = {
+        "state": {
+            index: {"momentum_buffer": optimizer.state[ours[key]]["momentum_buffer"].detach().cpu().clone()}
+            for index, key in enumerate(order)
+            if key in ours and optimizer.state[ours[key]].get("momentum_buffer") is not None
+        },
+        "param_groups": [
+            options
+            | {"weight_decay": decay if index == len(groups) - 1 else 0.0}
+            | {"params": [order.index(key) for key in group]}
+            for index, group in enumerate(groups)
+        ],
+    }
+    net = {f"module.{key}": x for key, x in state.items()}
+    checkpoint.save({"epoch": epoch, "arch": arch, "best_acc1": 0.0, "net": net, "optimizer0": content}, path)
+
+
+def parameter_groups(model: CGH, weight_decay: float = 1e-4) -> list[dict[str, Any]]:
+    """Return groups of the student's parameters for SGD that decay what the reference decays on ImageNet.
+
+    It spares whatever has "bn" or "bias" in its name, and so not the weights of those norms that are called otherwise:
+    of the shortcuts and of the hypercolumn's head, 5,888 numbers of a ResNet-50. (On CIFAR it decays everything.)
+
+    Example:
+        >>> import torchvision, cgh
+        >>> from cgh.interop import reference
+        >>> model = cgh.CGH(torchvision.models.resnet18(), dim=8, hidden_dim=16, memory_size=32)
+        >>> groups = reference.parameter_groups(model)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+        [(42, 0.0), (29, 0.0001)]
+    """
+    spared, decayed = _groups(list(names := _named_parameters(model)))
+    return [
+        {"params": [names[key] for key in spared], "weight_decay": 0.0},
+        {"params": [names[key] for key in decayed], "weight_decay": weight_decay},
+    ]
+
+
+def _tensors(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    for name in ("net", "state_dict"):
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+    return {key.removeprefix("module."): x for key, x in check_tensors(content, str(path)).items()}
+
+
+def _parameters(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of all parameters, in the order in which the reference gives them to its optimiser."""
+    return [key for module in MODULES for key in state if key.startswith(module) and not key.endswith(STATISTICS)]
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    """Those that the reference does not decay on ImageNet, and those that it does."""
+    spared = [key for key in names if "bn" in key or "bias" in key]
+    return [spared, [key for key in names if key not in set(spared)]]
+
+
+def _momenta(content: Any, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """SGD's momentum by the parameter's name."""
+    names = _parameters(state)
+    groups = _groups(names)
+    try:
+        numbers = [group["params"] for group in content["param_groups"]]
+        kept = {number: x["momentum_buffer"] for number, x in content["state"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} has no momentum of SGD under 'optimizer0'; read the weights alone by `load`, and warm up anew."
+        ) from error
+    if [len(group) for group in numbers] == [len(names)]:
+        groups = [names]
+    elif [len(group) for group in numbers] != [len(group) for group in groups]:
+        raise ValueError(
+            f"{path} has an optimiser of {[len(group) for group in numbers]} parameters in its groups; the reference's "
+            f"has {[len(names)]} (CIFAR) or {[len(group) for group in groups]} (ImageNet)."
+        )
+    by_name = zip(chain.from_iterable(groups), chain.from_iterable(numbers), strict=True)
+    return {key: kept[number] for key, number in by_name if kept.get(number) is not None}
+
+
+def _named_parameters(model: CGH) -> dict[str, nn.Parameter]:
+    """The student's parameters by the reference's names."""
+    return {_reference_name(name, "q"): parameter for name, parameter in model.student.named_parameters()}
+
+
+def _parameters_of(model: CGH, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimiser's parameters by the reference's names."""
+    names = {parameter: key for key, parameter in _named_parameters(model).items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = len(set(parameters) - set(names))
+    if not isinstance(optimizer, torch.optim.SGD) or strangers:
+        raise ValueError(
+            f"the optimiser is {type(optimizer).__name__}, and {strangers} of its {len(parameters)} parameters are not "
+            "the student's; the reference's is SGD: torch.optim.SGD(parameter_groups(model), lr, momentum=0.9)."
+        )
+    return {names[parameter]: parameter for parameter in parameters}
+
+
+def _reference_name(name: str, which: str) -> str:
+    """The reference's name of a `ContextEncoder`'s tensor; `which` is "q" for the student and "k" for the teacher."""
+    ours, theirs = next(pair for pair in HEADS.items() if name.startswith(pair[0]))
+    return theirs.format(which) + name.removeprefix(ours)
+
+
 def _unused_tensors(model: CGH) -> dict[str, Tensor]:
     """What the reference keeps though no step of its training reads it, as at its start."""
     size = model.memory.size
@@ -133,11 +344,9 @@ def _live_tensors(model: CGH) -> dict[str, Tensor]:
     layers = model.student.extractor.layers
     if not set(layers) <= set(SCALES):
         raise ValueError(f"the hypercolumn's layers are {list(layers)}; the reference has {list(SCALES)}.")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for which, encoder in (("q", model.student), ("k", model.teacher.encoder)):
-        for name, x in encoder.state_dict().items():
-            ours, theirs = next(pair for pair in HEADS.items() if name.startswith(pair[0]))
-            tensors[theirs.format(which) + name.removeprefix(ours)] = x
+        tensors |= {_reference_name(name, which): x for name, x in encoder.state_dict().items()}
     tensors |= {key: model.memory[name].T for key, name in BANKS.items()}
     if model.relation_loss.centring is not None:
         tensors |= {key: _row(model.relation_loss.centring[name]) for key, name in CENTRES.items()}

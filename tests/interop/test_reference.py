@@ -66,11 +66,9 @@ def test_golden_steps_from_a_checkpoint_and_back(case: dict[str, Any], tmp_path:
     optimizer = torch.optim.SGD(
         [{"params": by_decay[True], "weight_decay": 1e-4}, {"params": by_decay[False]}], lr=case["lr"], momentum=0.9
     )
-    size = (case["batch"], 3, case["image_size"], case["image_size"])
     for step in case["steps"]:
         model.teacher.update(model.student)  # the reference's order
-        views = (golden.array(f"{case['name']}/image/{step['step']}/{view}", size) for view in ("strong", "weak"))
-        output = model(*views)
+        output = model(*views(case, step["step"]))
         assert output.loss.item() == pytest.approx(step["total"], rel=1e-9)
         optimizer.zero_grad()
         output.loss.backward()
@@ -85,6 +83,166 @@ def test_golden_steps_from_a_checkpoint_and_back(case: dict[str, Any], tmp_path:
     for key, expected in case["final"].items():
         assert golden.fingerprint(f"final/{key}", final[key]) == pytest.approx(expected, rel=1e-9, abs=1e-9), key
     assert final["queue_ptr"].tolist() == final["queue_hyper_ptr"].tolist() == [case["queue_ptr"]]
+
+
+def views(case: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
+    """The strong and the weak view of a step."""
+    size = (case["batch"], 3, case["image_size"], case["image_size"])
+    strong, weak = (golden.array(f"{case['name']}/image/{step}/{view}", size) for view in ("strong", "weak"))
+    return strong, weak
+
+
+def as_the_reference_builds_it(model: cgh.CGH, imagenet: bool, lr: float) -> tuple[torch.optim.SGD, list[str]]:
+    """Its optimiser: of all parameters, the teacher's too, as its modules are registered; and their names."""
+    live, unused = reference._live_tensors(model), reference._unused_tensors(model)
+    students = reference._named_parameters(model)
+    parameters: dict[str, nn.Parameter] = {}
+    for module in ("encoder_q", "encoder_k", "hypercols_proj_q", "hypercols_proj_k"):
+        if module.startswith("hypercols"):  # the scale is the module's own, so it comes before those of its children
+            parameters[f"{module}.scale"] = nn.Parameter(unused[f"{module}.scale"], requires_grad=False)
+        for key, x in live.items():
+            if key.startswith(module) and not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+                parameters[key] = students.get(key, nn.Parameter(x, requires_grad=False))
+    if not imagenet:
+        return torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, weight_decay=1e-4), list(parameters)
+    spared = {key: p for key, p in parameters.items() if "bn" in key or "bias" in key}
+    decayed = {key: p for key, p in parameters.items() if key not in spared}
+    groups = [{"params": list(spared.values()), "weight_decay": 0}, {"params": list(decayed.values())}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-4), [*spared, *decayed]
+
+
+def same_momentum(optimizer: torch.optim.SGD, names: list[str], ours: torch.optim.SGD, model: cgh.CGH) -> bool:
+    """Whether the reference's optimiser has the momentum of ours."""
+    there = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    return all(
+        torch.equal(optimizer.state[there[key]]["momentum_buffer"], ours.state[parameter]["momentum_buffer"])
+        for key, parameter in reference._named_parameters(model).items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "cut"),
+    [(CASES[0], 1), (CASES[1], 2), (CASES[2], 1)],
+    ids=lambda x: x["name"] if isinstance(x, dict) else str(x),
+)
+def test_a_run_cut_in_two_is_the_golden_one_and_goes_back(case: dict[str, Any], cut: int, tmp_path: Path) -> None:
+    """The reference takes the first steps and writes a file; the library goes on from it, and writes one at the end."""
+    theirs, state = started(case)
+    reference.load(theirs, state)
+    optimizer, names = as_the_reference_builds_it(theirs, imagenet=True, lr=case["lr"])
+    centring = theirs.relation_loss.centring  # the reference keeps a mean, whether or not it takes it off
+    assert centring is not None
+    theirs.relation_loss.centring = centring if case["norm_center"] else None
+    for step in range(cut):
+        theirs.teacher.update(theirs.student)
+        output = theirs(*views(case, step))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        centring.update(output.teacher, theirs.memory)
+        theirs.memory.enqueue(output.teacher)
+        theirs.steps += 1
+    theirs.relation_loss.centring = centring
+    net = {f"module.{key}": x for key, x in reference.state_dict(theirs).items()}
+    file = {"epoch": cut, "arch": case["arch"], "best_acc1": 0.0, "net": net, "optimizer0": optimizer.state_dict()}
+    torch.save(file, tmp_path / "theirs.pth.tar")
+
+    model, _ = started(case)
+    sgd = torch.optim.SGD(reference.parameter_groups(model), lr=case["lr"], momentum=0.9)
+    resumed = reference.resume(tmp_path / "theirs.pth.tar", model, sgd, steps_per_epoch=1)
+    assert (resumed.epoch, resumed.step, int(model.steps)) == (cut, cut, cut)
+    centring = model.relation_loss.centring
+    assert centring is not None
+    for expected in case["steps"][cut:]:
+        model.relation_loss.centring = centring if case["norm_center"] else None
+        output = model(*views(case, expected["step"]))
+        assert output.loss.item() == pytest.approx(expected["total"], rel=1e-9), expected["step"]
+        sgd.zero_grad()
+        output.loss.backward()
+        sgd.step()
+        model.relation_loss.centring = centring
+        model.update(output)
+
+    reference.save(tmp_path / "ours.pth.tar", model, sgd, len(case["steps"]), case["arch"], resumed.rest)
+    final = reference.read(tmp_path / "ours.pth.tar")
+    for key, fingerprint in case["final"].items():
+        assert golden.fingerprint(f"final/{key}", final[key]) == pytest.approx(fingerprint, rel=1e-9, abs=1e-9), key
+    written = cgh.checkpoint.load(tmp_path / "ours.pth.tar")
+    assert (written["epoch"], written["arch"]) == (len(case["steps"]), case["arch"])
+    optimizer.load_state_dict(written["optimizer0"])
+    assert same_momentum(optimizer, names, sgd, model)
+
+
+def trained(imagenet: bool) -> tuple[cgh.CGH, torch.optim.SGD, list[str]]:
+    """A model after a step, and the reference's optimiser of it."""
+    model = small_model()
+    optimizer, names = as_the_reference_builds_it(model, imagenet, lr=0.05)
+    model(*torch.randn(2, 4, 3, 32, 32)).loss.backward()
+    optimizer.step()
+    return model, optimizer, names
+
+
+@pytest.mark.parametrize("imagenet", [True, False], ids=["imagenet", "cifar"])
+def test_both_variants_momentum_both_ways(imagenet: bool, tmp_path: Path) -> None:
+    theirs, optimizer, names = trained(imagenet)
+    net = reference.state_dict(theirs)
+    torch.save({"epoch": 7, "net": net, "optimizer0": optimizer.state_dict()}, tmp_path / "theirs.pth.tar")
+    model = small_model()
+    parameters: Any = reference.parameter_groups(model) if imagenet else model.student.parameters()
+    sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.0 if imagenet else 1e-4)
+    assert reference.resume(tmp_path / "theirs.pth.tar", model, sgd, steps_per_epoch=10)[:2] == (7, 70)
+    assert same_momentum(optimizer, names, sgd, model)
+    assert sgd.param_groups[0]["lr"] == 0.1, "what the optimiser was built with stays"
+
+    reference.save(tmp_path / "ours.pth.tar", model, sgd, epoch=7, arch="resnet18")
+    written = cgh.checkpoint.load(tmp_path / "ours.pth.tar")
+    expected = optimizer.state_dict()
+    assert [group["params"] for group in written["optimizer0"]["param_groups"]] == [
+        group["params"] for group in expected["param_groups"]
+    ]
+    decays = [group["weight_decay"] for group in written["optimizer0"]["param_groups"]]
+    assert decays == [group["weight_decay"] for group in expected["param_groups"]]
+    assert written["optimizer0"]["state"].keys() == expected["state"].keys()
+    for key, x in reference.read(tmp_path / "ours.pth.tar").items():
+        torch.testing.assert_close(x, net[key], msg=key)
+
+
+def test_what_cannot_be_resumed_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    theirs, optimizer, _ = trained(imagenet=True)
+    good = {"epoch": 7, "net": reference.state_dict(theirs), "optimizer0": optimizer.state_dict()}
+    model = small_model()
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    sgd = torch.optim.SGD(model.student.parameters(), lr=0.1, momentum=0.9)
+    few = torch.optim.SGD(theirs.student.heads.parameters(), lr=0.1, momentum=0.9).state_dict()
+    for wrong, message in (
+        ({"epoch": None}, "no count of epochs"),
+        ({"optimizer0": None}, "no momentum of SGD under 'optimizer0'"),
+        (
+            {"optimizer0": few},
+            r"of \[11\] parameters in its groups; the reference's has \[96\] \(CIFAR\) or \[52, 44\]",
+        ),
+        ({"optimizer0": {**good["optimizer0"], "state": {}}}, r"missing: encoder_q.conv1.weight \(64, 3, 7, 7\)"),
+    ):
+        torch.save(good | wrong, tmp_path / "wrong.pth.tar")
+        with pytest.raises(ValueError, match=message):
+            reference.resume(tmp_path / "wrong.pth.tar", model, sgd, steps_per_epoch=10)
+    torch.save(good, tmp_path / "good.pth.tar")
+    with pytest.raises(ValueError, match="Adam, and 0 of its"):
+        reference.resume(tmp_path / "good.pth.tar", model, torch.optim.Adam(model.student.parameters()), 10)
+    with pytest.raises(ValueError, match="SGD, and 47 of its 47 parameters are not the student's"):
+        reference.resume(tmp_path / "good.pth.tar", model, torch.optim.SGD(theirs.student.parameters(), 0.1), 10)
+    with pytest.raises(ValueError, match="steps_per_epoch is 0"):
+        reference.resume(tmp_path / "good.pth.tar", model, sgd, steps_per_epoch=0)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not sgd.state
+
+
+def test_what_the_reference_decays_and_the_paper_does_not() -> None:
+    model = cgh.CGH(torchvision.models.resnet50(), dim=8, hidden_dim=8, memory_size=8)
+    spared, decayed = reference.parameter_groups(model, weight_decay=0.1)
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
+    assert sum(p.numel() for p in decayed["params"] if p.ndim == 1) == 5_888
+    assert all(p.ndim == 1 for p in spared["params"])
 
 
 def small_model(**options: Any) -> cgh.CGH:
