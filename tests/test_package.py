@@ -47,11 +47,14 @@ def extras() -> set[str]:
 
 
 def test_import_adds_at_most_150_milliseconds() -> None:
+    # Of the processor's time, which a machine that is busy with other things does not lengthen.
+    code = (
+        "import time, torch, torchvision; start = time.process_time(); import cgh; print(time.process_time() - start)"
+    )
+
     def measure() -> float:
-        command = [sys.executable, "-X", "importtime", "-c", "import torch, torchvision; import cgh"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
-        (cumulative,) = (line.split("|")[1] for line in lines if line.split("|")[-1] == " cgh")
-        return int(cumulative) / 1000
+        command = [sys.executable, "-c", code]
+        return 1000 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert statistics.median(measure() for _ in range(3)) <= 150
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cgh.contexts import check_finite
@@ -19,6 +20,8 @@ class ClusterScores(NamedTuple):
     well as can be (Kuhn, 1955)."""
     nmi: float
     """Normalised mutual information, 0 to 1."""
+    ami: float
+    """Adjusted mutual information (Vinh et al., 2010), 1 where they are the same, 0 as by chance."""
     ari: float
     """Adjusted Rand index (Hubert and Arabie, 1985), 1 where they are the same, 0 as by chance."""
 
@@ -26,8 +29,11 @@ class ClusterScores(NamedTuple):
 def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -> Tensor:
     """Return the cluster `(N,)` of each row by k-means, the best of several restarts (scikit-learn's).
 
+    Rows are scaled to unit length first, so that what counts is the cosine between images, as for their neighbours, and
+    not how large their features are.
+
     Args:
-        features: `(N, W)`.
+        features: `(N, W)`, of any length.
         clusters: how many.
         seed: fixes the starts.
         restarts: how many.
@@ -40,7 +46,7 @@ def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -
         >>> import torch, cgh
         >>> clusters = cgh.evaluate.kmeans(torch.eye(2).repeat(3, 1), clusters=2)
         >>> cgh.evaluate.cluster_scores(clusters, torch.tensor([1, 0, 1, 0, 1, 0]))
-        ClusterScores(accuracy=100.0, nmi=1.0, ari=1.0)
+        ClusterScores(accuracy=100.0, nmi=1.0, ami=1.0, ari=1.0)
     """
     if features.ndim != 2 or not 1 <= clusters <= len(features):
         raise ValueError(
@@ -49,7 +55,7 @@ def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -
         )
     check_finite(features, "features")
     estimator = require("sklearn.cluster", extra="examples").KMeans(clusters, n_init=restarts, random_state=seed)
-    return torch.from_numpy(estimator.fit_predict(features.float().cpu().numpy())).long()
+    return torch.from_numpy(estimator.fit_predict(F.normalize(features.float(), dim=1).cpu().numpy())).long()
 
 
 def cluster_scores(clusters: Tensor, labels: Tensor) -> ClusterScores:
@@ -71,5 +77,6 @@ def cluster_scores(clusters: Tensor, labels: Tensor) -> ClusterScores:
     return ClusterScores(
         accuracy=100 * float(matched) / len(labels),
         nmi=float(metrics.normalized_mutual_info_score(truth, found)),
+        ami=float(metrics.adjusted_mutual_info_score(truth, found)),
         ari=float(metrics.adjusted_rand_score(truth, found)),
     )

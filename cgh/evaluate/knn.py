@@ -38,8 +38,11 @@ def knn(
         temperature: of the votes.
 
     Returns:
-        `(top1, top5)` by `k`, in percent of the test set. Below `k = 5` the second counts the top `k` classes. Equal
-        votes go to the lower class, as in the reference implementation, also where fewer than five classes have any.
+        `(top1, top5)` by `k`, in percent of the test set. Below `k = 5` the second counts the top `k` classes.
+
+        Ties are decided by a rule, so that a figure is the same on every device: of equally similar training images the
+        earlier in the set is nearer, and of classes with equal votes the lower wins, also where fewer than five have
+        any. The reference implementation leaves both to sorts that keep no order.
 
     Raises:
         ValueError: `k` below one or larger than the training set, shapes that do not fit together, an empty set, labels
@@ -90,10 +93,22 @@ def _nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, T
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start, block in zip(range(0, len(train_features), TRAIN_ROWS), train_features.split(TRAIN_ROWS), strict=True):
         similarity = queries @ _unit_length(block.to(queries.device), "train").T
-        block_best, block_index = similarity.topk(min(k, len(block)), dim=1)
-        best, order = torch.cat([best, block_best], dim=1).topk(min(k, start + len(block)), dim=1)
+        block_best, block_index = _top(similarity, min(k, len(block)))
+        best, order = _top(torch.cat([best, block_best], dim=1), min(k, start + len(block)))
         index = torch.cat([index, block_index + start], dim=1).gather(1, order)
     return best, index
+
+
+def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of each row and their columns, the largest first, and of equal ones the lower column."""
+    best, index = similarity.topk(k, dim=1)
+    contested = (similarity >= best[:, -1:]).sum(dim=1) > k  # topk takes any of those that equal the last
+    if contested.any():
+        values, columns = similarity[contested].sort(dim=1, descending=True, stable=True)
+        best[contested], index[contested] = values[:, :k], columns[:, :k]
+    index, order = index.sort(dim=1)
+    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best, index.gather(1, order)
 
 
 def _unit_length(features: Tensor, name: str) -> Tensor:

@@ -25,6 +25,7 @@ def test_equals_every_matching_tried(count: int, clusters: int, classes: int, se
     best = max((torch.tensor(p)[found] == labels).sum().item() for p in permutations(names))
     assert scores.accuracy == pytest.approx(100 * best / count)
     assert scores.nmi == pytest.approx(metrics.normalized_mutual_info_score(labels, found))
+    assert scores.ami == pytest.approx(metrics.adjusted_mutual_info_score(labels, found))
     assert scores.ari == pytest.approx(metrics.adjusted_rand_score(labels, found))
     renamed = torch.randperm(clusters, generator=generator)[found]
     assert cluster_scores(renamed + 10, labels) == pytest.approx(scores)
@@ -35,8 +36,10 @@ def test_kmeans_finds_separated_classes_and_a_seed_fixes_it() -> None:
     labels = torch.arange(60) % 4
     features = 10 * torch.eye(4)[labels] + torch.randn(60, 4, generator=generator)
     clusters = kmeans(features, clusters=4)
-    assert cluster_scores(clusters, labels) == (100.0, pytest.approx(1.0), pytest.approx(1.0))
+    assert cluster_scores(clusters, labels) == (100.0, *[pytest.approx(1.0)] * 3)
     assert torch.equal(clusters, kmeans(features, clusters=4))
+    lengths = torch.rand(60, 1, generator=generator) + 0.01
+    assert cluster_scores(kmeans(lengths * features, clusters=4), clusters).accuracy == 100, "lengths do not count"
 
 
 def test_bad_input() -> None:

@@ -36,7 +36,7 @@ def by_hand(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, k: int, 
     for feature, label in zip(test, truth.tolist(), strict=True):
         similarity = F.cosine_similarity(feature[None], train)
         votes = [0.0] * (int(max(labels.max(), truth.max())) + 1)
-        for index in similarity.argsort(descending=True)[:k].tolist():
+        for index in similarity.argsort(descending=True, stable=True)[:k].tolist():
             votes[int(labels[index])] += float(torch.exp(similarity[index] / temperature))
         hits += votes.index(max(votes)) == label
     return 100 * hits / len(test)
@@ -58,6 +58,26 @@ def test_equals_the_votes_by_hand(rows: int, queries: int, classes: int, seed: i
     for k in ks:
         assert result[k][0] == pytest.approx(by_hand(train, labels, test, truth, k, temperature))
         assert result[k][1] >= result[k][0]
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_ties_go_to_the_earlier_image_and_to_the_lower_class(rows: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    train, test = torch.eye(3)[torch.randint(3, (rows,), generator=generator)], torch.eye(3)  # similarities of 0 and 1
+    labels = torch.randint(4, (rows,), generator=generator)
+    k = min(k, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("cgh.evaluate.knn"), "TRAIN_ROWS", 7)
+        for row in test:
+            nearest = sorted(range(rows), key=lambda i: (-float(train[i] @ row), i))[:k]
+            votes = torch.zeros(4)
+            for i in nearest:
+                votes[labels[i]] += torch.exp((train[i] @ row - train[nearest[0]] @ row) / 0.07)
+            winner = votes.tolist().index(votes.max())
+            for truth in range(4):
+                top1, _ = cgh.evaluate.knn(train, labels, row[None], torch.tensor([truth]), k=k)[k]
+                assert top1 == (100.0 if truth == winner else 0.0)
 
 
 def test_scale_and_half_precision_do_not_matter() -> None:
