@@ -11,7 +11,8 @@ the device already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TypedDict
 
 import torch
@@ -21,7 +22,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
-from cgh.extras import require
+from cgh import colours
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of red, green and blue in ImageNet, from 0 to 1."""
@@ -32,10 +33,8 @@ JITTER = (0.4, 0.4, 0.4, 0.1)
 """The paper's strengths of brightness, contrast, saturation and hue."""
 
 RATIO = (3 / 4, 4 / 3)
-P = (0.8, 0.2, 0.5)  # of jitter, grey and blur
-SIGMA = (0.1, 2.0)
-KERNEL = 2 * math.ceil(3 * SIGMA[1]) + 1  # three standard deviations a side, at the widest
 WEAK = 1  # where the weak view stands among the views
+HAS_TRITON = find_spec("triton") is not None
 
 
 class LocalCrops(TypedDict):
@@ -67,7 +66,9 @@ class Crops:
         uint8 `(3, H, W)` -> `(strong, weak, *local)`, uint8 `(3, size, size)` each, channels last in memory.
 
     Raises:
-        ValueError: sides below one, scales that are no shares, or not as many scales as sides.
+        TypeError: an image that is not uint8.
+        ValueError: an image that is not `(3, H, W)`; sides below one, scales that are no shares, or not as many scales
+            as sides.
 
     Example:
         >>> import torch
@@ -90,30 +91,30 @@ class Crops:
         if len(local_sizes) != len(local_scales):
             raise ValueError(f"{len(local_sizes)} local_sizes and {len(local_scales)} local_scales; give one for each.")
         self.views = [(size, scale), (size, scale), *zip(local_sizes, local_scales, strict=True)]
-        for side, (low, high) in self.views:
-            if side < 1 or not 0 < low <= high <= 1:
-                raise ValueError(
-                    f"a view of {side} pixels from {low} to {high} of the area; "
-                    "a side is at least 1, and shares rise within (0, 1]."
-                )
+        for view in self.views:
+            _check_crop(*view)
 
     def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
+        _check_images(image, "the image", ndim=3)
         return tuple(self._crop(image, size, scale) for size, scale in self.views)
 
     @staticmethod
     def _crop(image: Tensor, size: int, scale: tuple[float, float]) -> Tensor:
-        top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(RATIO))
+        with torch.device("cpu"):  # torchvision draws on the default device
+            top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(RATIO))
+            flip = torch.rand(()) < 0.5
         crop = image[None, :, top : top + height, left : left + width]
         # torchvision's resized_crop, bit for bit; contiguous pixels are what makes PyTorch's fast kernel fast.
         crop = crop.contiguous(memory_format=torch.channels_last)
         crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
-        return TF.horizontal_flip(crop) if torch.rand(()) < 0.5 else crop
+        return TF.horizontal_flip(crop) if flip else crop
 
 
 class BatchCrops:
     """Cuts a strong and a weak view of every image of a batch at once, on the device where it lies.
 
-    For small images that fit there. Bilinear without antialiasing, which a crop that is enlarged does not need.
+    For small images that fit there. Bilinear without antialiasing, which a crop that is enlarged does not need. The
+    host draws, and does not wait for the device.
 
     Args:
         size: side of the views in pixels.
@@ -121,6 +122,10 @@ class BatchCrops:
 
     Shape:
         uint8 `(N, 3, H, W)` -> `(strong, weak)`, uint8 `(N, 3, size, size)` each.
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: images that are not `(N, 3, H, W)`, a side below one, or a scale that is no share.
 
     Example:
         >>> import torch
@@ -132,29 +137,42 @@ class BatchCrops:
     """
 
     def __init__(self, size: int = 32, scale: tuple[float, float] = (0.2, 1.0)) -> None:
+        _check_crop(size, scale)
         self.size, self.scale = size, scale
 
     def __call__(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the views; `seed` alone decides them."""
-        _check_batch(images, "the batch")
+        _check_images(images, "the batch", ndim=4)
+        return self.transform(images, _send(self.draw(images.shape, seed), images.device))
+
+    def draw(self, shape: Sequence[int], seed: int) -> Tensor:
+        """Return what decides the views of a batch of this shape, on the host: the half of a call that draws."""
+        n, _, height, width = shape
         # Not the stream of Augmentation, so that a step may use one seed for both.
         generator = torch.Generator().manual_seed(~seed)
-        return self._crop(images, generator), self._crop(images, generator)
-
-    def _crop(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        n, _, height, width = images.shape
+        uniform = torch.rand(2, n, 23, generator=generator, device="cpu")
         # As torchvision: the first of ten boxes that fits, or else the whole image.
-        area = _uniform(*self.scale, n, 10, generator=generator) * height * width
-        ratio = torch.exp(_uniform(math.log(RATIO[0]), math.log(RATIO[1]), n, 10, generator=generator))
-        boxes = torch.stack([(area * ratio).sqrt() / width, (area / ratio).sqrt() / height], dim=2)
-        fits = (boxes <= 1).all(dim=2)
-        extent = boxes[torch.arange(n), fits.int().argmax(dim=1)].where(fits.any(dim=1, keepdim=True), 1.0)
-        centre = (1 - extent) * (2 * torch.rand(n, 2, generator=generator) - 1)
-        flip = torch.stack([1 - 2 * (torch.rand(n, generator=generator) < 0.5).float(), torch.ones(n)], dim=1)
-        theta = torch.cat([torch.diag_embed(extent * flip), centre[:, :, None]], dim=2).to(images.device)
-        grid = F.affine_grid(theta, [n, 3, self.size, self.size], align_corners=False)
+        area = (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[..., :10]) * height * width
+        low, high = (math.log(ratio) for ratio in RATIO)
+        ratio = torch.exp(low + (high - low) * uniform[..., 10:20])
+        boxes = torch.stack([(area * ratio).sqrt() / width, (area / ratio).sqrt() / height], dim=-1)
+        fits = (boxes <= 1).all(dim=-1)
+        chosen = fits.int().argmax(dim=-1)[..., None, None].expand(-1, -1, 1, 2)
+        extent = boxes.gather(2, chosen)[..., 0, :].where(fits.any(dim=-1, keepdim=True), 1.0)
+        centre = (1 - extent) * (2 * uniform[..., 20:22] - 1)
+        extent[..., 0] *= 1 - 2 * (uniform[..., 22] < 0.5).float()
+        return torch.stack([extent, centre], dim=-1)
+
+    def transform(self, images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the views that `parameters` of `draw`, moved to the images' device, decide: the other half."""
+        # From -1 to 1 across the crop, and then across the image; both views lie side by side in one grid.
+        pixels = (2 * torch.arange(self.size, device=images.device) + 1) / self.size - 1
+        extent, centre = parameters.movedim(0, 1).unbind(-1)
+        x, y = (extent[..., None] * pixels + centre[..., None]).unbind(2)
+        grid = torch.stack(torch.broadcast_tensors(x[:, :, None, :], y[:, :, :, None]), dim=-1).flatten(1, 2)
         crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-        return crops.round().clamp(0, 255).to(torch.uint8)
+        strong, weak = crops.round_().clamp_(0, 255).to(torch.uint8).chunk(2, dim=2)
+        return strong, weak
 
 
 class Augmentation(nn.Module):
@@ -163,7 +181,7 @@ class Augmentation(nn.Module):
     The paper's: colour jitter of 0.4, 0.4, 0.4, 0.1 (brightness, contrast, saturation, hue) for 80 % of the images, in
     an order of each image's own; grey for 20 %; Gaussian blur of 0.1 to 2 pixels for 50 %. What Pillow does, except
     that nothing is rounded to bytes on the way and that the blur is the Gaussian itself, where Pillow's is made of
-    boxes. Needs kornia (the extra "examples").
+    boxes. The host draws, sends what it drew in one transfer, and does not wait for the device.
 
     Args:
         mean: of the channels, from 0 to 1.
@@ -171,14 +189,16 @@ class Augmentation(nn.Module):
         colour: jitter, grey and blur; without, views are normalised only, after workers that apply `Colour`.
         blur: blur; small images do better without.
         jitter: strengths of brightness, contrast, saturation and hue.
+        dtype: of the views that come out, such as `torch.bfloat16` for a network under autocast in it.
+        memory_format: likewise, such as `torch.channels_last`.
 
     Shape:
-        `[strong, weak, *local]`, uint8 `(N, 3, S, S)` each, and a seed -> a tuple of the same in float32.
+        `[strong, weak, *local]`, uint8 `(N, 3, S, S)` each, and a seed -> a tuple of the same in `dtype`.
 
     Raises:
         TypeError: views that are not uint8.
-        ValueError: views that are not `(N, 3, S, S)`, or a jitter that has not four strengths.
-        ImportError: kornia is not installed.
+        ValueError: views that are not `(N, 3, S, S)`, are elsewhere than the module or too small to be blurred; a
+            jitter that has not four strengths, a mean and std that are not three numbers, or a `dtype` of integers.
 
     Example:
         >>> import torch
@@ -201,45 +221,69 @@ class Augmentation(nn.Module):
         colour: bool = True,
         blur: bool = True,
         jitter: Sequence[float] = JITTER,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"mean is {tuple(mean)} and std {tuple(std)}; each is three numbers, and deviations are above 0."
+            )
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; views are floating point.")
         self.colour, self.blur, self.jitter = colour, blur, _check_jitter(jitter)
+        self.dtype, self.memory_format = dtype, memory_format
         # As bytes, which spares those views a division that are normalised only.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
-        if colour:
-            require("kornia", "examples")
 
     @override
-    @torch.no_grad()
     def forward(self, views: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
         """Return the views as the network wants them; `seed` alone decides, and no other generator is touched."""
-        generator = torch.Generator().manual_seed(seed)
+        for i, view in enumerate(views):
+            _check_images(view, f"view {i}", ndim=4)
+            if view.device != self.mean.device:
+                raise ValueError(f"view {i} is on {view.device} and the augmentation on {self.mean.device}; move one.")
+            if self.colour and self.blur and i != WEAK:
+                _check_blur(view, f"view {i}")
+        count = sum(len(view) for i, view in enumerate(views) if i != WEAK)
+        return self.transform(views, _send(self.draw(count, seed), self.mean.device))
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """Return what decides `count` strong and local views, on the host: the half of a call that draws."""
+        if not self.colour:
+            return torch.empty(count, 0, device="cpu")
+        return colours.Draws(count, self.jitter, torch.Generator().manual_seed(seed)).parameters()
+
+    @torch.no_grad()
+    def transform(self, views: Sequence[Tensor], parameters: Tensor) -> tuple[Tensor, ...]:
+        """Return the views that `parameters` of `draw`, moved to the device, decide: the half that is the device's.
+
+        Whatever was drawn it is the same few kernels, so that a CUDA graph can hold them.
+        """
         output = []
         for i, view in enumerate(views):
-            _check_batch(view, f"view {i}")
-            x = _planes(view)
+            rows = None
             if self.colour and i != WEAK:
-                self._distort(x.div_(255), _Draws(len(x), self.jitter, generator))
-                x.mul_(255)
-            output.append(x.sub_(self.mean).div_(self.std))
+                rows, parameters = parameters[: len(view)], parameters[len(view) :]
+            output.append(self._kernels(view, rows) if HAS_TRITON and view.is_cuda else self._plain(view, rows))
         return tuple(output)
 
-    def _distort(self, x: Tensor, draws: _Draws) -> None:
-        enhance, filters = require("kornia.enhance", "examples"), require("kornia.filters", "examples")
-        steps = (
-            enhance.adjust_brightness_accumulative,
-            enhance.adjust_contrast_with_mean_subtraction,
-            enhance.adjust_saturation_with_gray_subtraction,
-            lambda part, turns: enhance.adjust_hue(part, 2 * math.pi * turns),
-        )
-        for turn in draws.order.T:
-            for i, step in enumerate(steps):
-                _change(x, draws.jitters & (turn == i), step, draws.factors[:, i])
-        _change(x, draws.greys, lambda part: TF.rgb_to_grayscale(part, 3))
-        if self.blur:
-            sigma = draws.sigma[:, None].expand(-1, 2)
-            _change(x, draws.blurs, lambda part, sigma: filters.gaussian_blur2d(part, KERNEL, sigma), sigma)
+    def _kernels(self, view: Tensor, parameters: Tensor | None) -> Tensor:
+        from cgh import colour_kernels
+
+        output = torch.empty(view.shape, dtype=self.dtype, device=view.device, memory_format=self.memory_format)
+        colour_kernels.augment(view, parameters, self.blur, self.mean, self.std, output)
+        return output
+
+    def _plain(self, view: Tensor, parameters: Tensor | None) -> Tensor:
+        x = _planes(view)
+        if parameters is not None:
+            x = colours.distort(x.div_(255), parameters)
+            if self.blur:
+                x = colours.blur(x, parameters)
+            x.mul_(255)
+        return x.sub_(self.mean).div_(self.std).to(self.dtype, memory_format=self.memory_format)
 
 
 class Colour:
@@ -253,6 +297,10 @@ class Colour:
 
     Shape:
         `(strong, weak, *local)`, uint8 `(3, S, S)` each -> a tuple of the same.
+
+    Raises:
+        TypeError: views that are not uint8.
+        ValueError: views that are not `(3, S, S)` or too small to be blurred, or a jitter that has not four strengths.
 
     Example:
         >>> import torch
@@ -268,10 +316,14 @@ class Colour:
         self.blur, self.jitter = blur, _check_jitter(jitter)
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for i, view in enumerate(views):
+            _check_images(view, f"view {i}", ndim=3)
+            if self.blur and i != WEAK:
+                _check_blur(view, f"view {i}")
         return tuple(view if i == WEAK else self._distort(view) for i, view in enumerate(views))
 
     def _distort(self, view: Tensor) -> Tensor:
-        draws = _Draws(1, self.jitter)
+        draws = colours.Draws(1, self.jitter)
         x = _planes(view).div_(255)
         if draws.jitters:
             steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, _turn_hue)
@@ -281,44 +333,20 @@ class Colour:
         if draws.greys:
             x = TF.rgb_to_grayscale(x, 3)
         if self.blur and draws.blurs:
-            x = _gaussian_blur(x, draws.sigma.item())
+            x = colours.blur_one(x, draws.sigma.item())
         # By way of int16, because PyTorch converts to bytes one by one.
         return x.mul(255).add_(0.5).to(torch.int16).to(torch.uint8)
 
 
-class _Draws:
-    """What is drawn for the colours and the blur of `n` images.
-
-    Attributes:
-        jitters, greys, blurs: whether, `(n,)`.
-        factors: of brightness, contrast, saturation, and turns of the hue, `(n, 4)`.
-        order: of these four, `(n, 4)`.
-        sigma: of the blur, in pixels, `(n,)`.
-    """
-
-    def __init__(self, n: int, jitter: Sequence[float], generator: torch.Generator | None = None) -> None:
-        self.jitters, self.greys, self.blurs = (_uniform(0, 1, n, generator=generator) < p for p in P)
-        *strengths, hue = jitter
-        ranges = [(max(0, 1 - strength), 1 + strength) for strength in strengths] + [(-hue, hue)]
-        self.factors = torch.stack([_uniform(*limits, n, generator=generator) for limits in ranges], dim=1)
-        self.order = _uniform(0, 1, n, 4, generator=generator).argsort(dim=1)
-        self.sigma = _uniform(*SIGMA, n, generator=generator)
+def _turn_hue(x: Tensor, turns: float) -> Tensor:
+    return colours.turn_hue(x[None], torch.full((1, 1, 1), turns, device="cpu"))[0]
 
 
-def _check_batch(images: Tensor, name: str) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(f"{name} is {images.dtype}; images are uint8, as they are decoded.")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"{name} has shape {tuple(images.shape)}; images are (N, 3, H, W).")
-
-
-def _check_jitter(jitter: Sequence[float]) -> tuple[float, ...]:
-    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
-        raise ValueError(
-            f"jitter is {tuple(jitter)}; give the strengths of brightness, contrast and saturation, "
-            "each at least 0, and of the hue, at most 0.5."
-        )
-    return tuple(jitter)
+def _send(parameters: Tensor, device: torch.device) -> Tensor:
+    """Parameters on the device, without waiting for it."""
+    if device.type == "cuda" and parameters.numel():
+        return parameters.pin_memory().to(device, non_blocking=True)
+    return parameters.to(device)
 
 
 def _planes(view: Tensor) -> Tensor:
@@ -326,43 +354,38 @@ def _planes(view: Tensor) -> Tensor:
     return view.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _turn_hue(x: Tensor, turns: float) -> Tensor:
-    """Turn the hues of an image `(3, H, W)`, to the same result as by way of HSV, in a seventh of the time.
-
-    Hues lie on a hexagon of side `chroma`, with red, green and blue at every second corner. A channel grows as its
-    corner comes nearer: it is `low + clamp(2 chroma - distance, 0, chroma)`. Hence its distance now, to which the turn
-    is added with the sign of the side on which the hue lies.
-    """
-    red, green, blue = x
-    high, low = x.amax(0), x.amin(0)
-    chroma = high - low
-    distance = torch.sub((high + x.sum(0)).sub_(low, alpha=2), x, alpha=2)
-    distance.copysign_(torch.stack([green - blue, blue - red, red - green])).add_(chroma, alpha=6 * turns).abs_()
-    distance = torch.minimum(distance, torch.sub(6 * chroma, distance))
-    return torch.sub(2 * chroma, distance).clamp_min_(0).minimum(chroma).add_(low)
+def _check_images(images: Tensor, name: str, ndim: int) -> None:
+    """Raise unless `images` are bytes, `(N, 3, H, W)` where `ndim` is 4 and `(3, H, W)` where it is 3."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} is a {type(images).__name__}; it is a uint8 tensor, as torchvision.io decodes one.")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{name} is {images.dtype}; images are uint8, as they are decoded.")
+    if images.ndim != ndim or images.shape[-3] != 3 or 0 in images.shape[-2:]:
+        expected = "images are (N, 3, H, W)" if ndim == 4 else "an image is (3, H, W)"
+        raise ValueError(f"{name} has shape {tuple(images.shape)}; {expected}.")
 
 
-def _gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Blur an image `(3, H, W)`: sums of shifted images, faster than a convolution with so few channels."""
-    radius = math.ceil(3 * sigma)
-    weights = torch.exp(-(torch.arange(radius + 1) ** 2) / (2 * sigma**2))
-    centre, *others = (weights / (2 * weights.sum() - 1)).tolist()
-    for dim, pad in ((1, (0, 0, radius, radius)), (2, (radius, radius, 0, 0))):
-        padded, size = F.pad(x, pad, mode="reflect"), x.shape[dim]
-        x = centre * x
-        for i, weight in enumerate(others, start=1):
-            for shifted in (radius - i, radius + i):
-                x.add_(padded.narrow(dim, shifted, size), alpha=weight)
-    return x
+def _check_blur(images: Tensor, name: str) -> None:
+    if min(images.shape[-2:]) <= colours.RADIUS:
+        raise ValueError(
+            f"{name} is {images.shape[-2]} x {images.shape[-1]} pixels, and the blur reaches {colours.RADIUS} beyond "
+            f"each; take views of {colours.RADIUS + 1} pixels or more, or blur=False."
+        )
 
 
-def _uniform(low: float, high: float, *shape: int, generator: torch.Generator | None) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
+def _check_crop(size: int, scale: tuple[float, float]) -> None:
+    low, high = scale
+    if size < 1 or not 0 < low <= high <= 1:
+        raise ValueError(
+            f"a view of {size} pixels from {low} to {high} of the area; "
+            "a side is at least 1, and shares rise within (0, 1]."
+        )
 
 
-def _change(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Change the chosen images of a batch in place, each by its own parameters."""
-    rows = chosen.nonzero()[:, 0]
-    if len(rows):
-        index = rows.to(x.device)
-        x[index] = change(x[index], *(parameter[rows].to(x) for parameter in parameters))
+def _check_jitter(jitter: Sequence[float]) -> tuple[float, ...]:
+    if len(jitter) != 4 or not min(jitter) >= 0 or not jitter[3] <= 0.5:
+        raise ValueError(
+            f"jitter is {tuple(jitter)}; give the strengths of brightness, contrast and saturation, "
+            "each at least 0, and of the hue, at most 0.5."
+        )
+    return tuple(jitter)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cgh
-from cgh import kernels, streaming
+from cgh import colour_kernels, kernels, streaming, views
 from tests.test_streaming import gradients, inputs, mean, readable
 
 HALF = [torch.bfloat16, torch.float16]
@@ -69,3 +69,34 @@ def test_half_precision_is_no_further_from_float64_than_the_readable_version(dty
         pairs = zip([loss, *gradients(loss, z)], [expected, *gradients(expected, exact_z)], strict=True)
         errors.append([torch.linalg.norm(found - truth).item() for found, truth in pairs])
     assert all(ours <= theirs for ours, theirs in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize(
+    ("blur", "sides", "memory_format"),
+    [
+        (True, (7, 7), torch.contiguous_format),
+        (True, (18, 33), torch.channels_last),
+        (False, (33, 18), torch.channels_last),
+    ],
+)
+def test_views(
+    blur: bool, sides: tuple[int, int], memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(colour_kernels, "BLOCK", 256)
+    strong, weak = torch.randint(256, (2, 6, 3, *sides), dtype=torch.uint8)
+    strong = strong.contiguous(memory_format=memory_format)
+    augment = views.Augmentation(blur=blur, jitter=(0.9, 0.9, 0.9, 0.4), memory_format=memory_format)
+    parameters = augment.draw(6, seed=3)
+    for view, rows in ((strong, parameters), (weak.flip(-1), None)):
+        plain, fused = augment._plain(view, rows), augment._kernels(view, rows)
+        assert fused.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-4)
+
+
+def test_views_in_half_precision() -> None:
+    strong = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    augment = views.Augmentation(dtype=torch.bfloat16)
+    parameters = augment.draw(2, seed=0)
+    fused = augment._kernels(strong, parameters)
+    assert fused.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, augment._plain(strong, parameters))

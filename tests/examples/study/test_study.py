@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are n
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for module in ("kornia", "matplotlib", "rich", "tyro"):
+    for module in ("matplotlib", "rich", "tyro"):
         pytest.importorskip(module)
     monkeypatch.syspath_prepend(str(EXAMPLE))
     return importlib.import_module("study")
