@@ -14,12 +14,15 @@ from typing_extensions import Self, override
 from cgh.state import Counted, LocalTensors
 from cgh.wrappers import plain_names, unwrap
 
+STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
+
 
 class EMATeacher(Counted):
     """A copy of the student whose parameters follow it as an exponential moving average.
 
     `teacher = momentum * teacher + (1 - momentum) * student`, after each optimiser step. Only parameters are averaged:
-    buffers, such as batch-norm statistics, are the teacher's own, from its own batches.
+    buffers, such as batch-norm statistics, are the teacher's own, from its own batches. Dropout and stochastic depth
+    are off in the teacher: they are noise to the student, and what guides it is free of it.
 
     Where the teacher's parameters are in half precision, what moves in one update is less than their rounding: their
     average is kept in float32 beside them, in `averages`, and saved with them. The student may be of any precision, but
@@ -52,6 +55,7 @@ class EMATeacher(Counted):
         super().__init__()
         self.encoder = _copy(unwrap(student)).requires_grad_(False)
         self.encoder.zero_grad(set_to_none=True)
+        _turn_dropout_off(self.encoder)
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
         self.averages = _Averages()
         self.averages.follow(_Parameters(self.encoder).named())
@@ -230,3 +234,15 @@ def _check_momentum(momentum: float) -> float:
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}; it lies between 0 (a copy of the student) and 1 (frozen).")
     return momentum
+
+
+def _turn_dropout_off(encoder: nn.Module) -> None:
+    """Set the probability of each dropout and stochastic depth to 0, whatever the mode of the module is."""
+    for module in encoder.modules():
+        # By name, as each library has a class of its own, and so by attribute.
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__.endswith(STOCHASTIC_DEPTH):
+            for attribute in ("p", "drop_prob"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, 0.0)
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0

@@ -1,19 +1,21 @@
-"""A trained ResNet out of any file that holds one: a run's checkpoint, the reference's, torchvision's weights."""
+"""A trained backbone out of any file that holds one: a run's checkpoint, the reference's, torchvision's weights."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
 from cgh.hypercolumn import remove_classifier
+from cgh.interop.architectures import build_backbone, create, torchvision_names
 from cgh.interop.backbone import read
 from cgh.interop.matching import check_match, check_tensors
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 # Where a checkpoint keeps its tensors: this library's examples, the reference implementation, MoCo and many others.
 CHECKPOINT_KEYS = ("model", "net", "state_dict")
@@ -22,11 +24,11 @@ ENCODER_KEYS = ("student.extractor.backbone", "extractor.backbone", "backbone", 
 
 
 def resnet(arch: str = "resnet50", small_images: bool = False) -> ResNet:
-    """Return a fresh ResNet of torchvision without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
+    """Return `build_backbone` of a ResNet of torchvision, for those who need one and no other.
 
     Args:
         arch: torchvision's name, such as "resnet18" or "resnet50".
-        small_images: for images of about 32 pixels: the first convolution is 3x3 of stride 1, and no max pool follows.
+        small_images: as for `build_backbone`.
 
     Raises:
         ValueError: torchvision has no ResNet of that name.
@@ -36,15 +38,9 @@ def resnet(arch: str = "resnet50", small_images: bool = False) -> ResNet:
         >>> cgh.interop.resnet("resnet18", small_images=True)(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 512])
     """
-    if arch not in _names():
-        raise ValueError(f"arch is {arch!r}; torchvision's ResNets are {', '.join(_names())}.")
-    model = torchvision.models.get_model(arch)
-    remove_classifier(model)
-    if small_images:
-        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        model.maxpool = nn.Identity()
-    return model
+    if arch not in _resnets():
+        raise ValueError(f"arch is {arch!r}; torchvision's ResNets are {', '.join(_resnets())}.")
+    return cast("ResNet", build_backbone(arch, small_images))
 
 
 def trained_backbone(
@@ -53,20 +49,24 @@ def trained_backbone(
     small_images: bool | None = None,
     checkpoint_key: str | None = None,
     encoder_key: str | None = None,
-) -> ResNet:
-    """Return the trained ResNet of a file, without its classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
+    image_size: int | None = None,
+) -> nn.Module:
+    """Return the trained backbone of a file, without classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
 
     The file is a checkpoint of `examples/imagenet/pretrain.py` (whose student's backbone is taken), one of the
-    reference implementation, or plain weights under torchvision's names, in PyTorch's format or as `.safetensors`.
+    reference implementation, or plain weights under torchvision's or timm's names, in PyTorch's format or as
+    `.safetensors`.
     It is read as data; a pickle that would run code is refused.
 
     Args:
         path: the file.
-        arch: as for `resnet`; by default what the file says, and if it says nothing, the one that its tensors fit.
-        small_images: as for `resnet`; by default what the file says, or its first convolution shows.
+        arch: as for `build_backbone`; by default what the file says, and if it says nothing, the ResNet of torchvision
+            that its tensors fit.
+        small_images: as for `build_backbone`; by default what the file says, or its first convolution shows.
         checkpoint_key: the entry with the tensors; by default "model", "net" or "state_dict", or the file itself.
         encoder_key: what the backbone's names begin with, such as "encoder_q" (the reference's student),
             "encoder_k" (its teacher) or "teacher.encoder.extractor.backbone" (this library's); by default the student.
+        image_size: as for `build_backbone`; by default the views' side that the file says, or the architecture's own.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,10 +86,15 @@ def trained_backbone(
     config = content.get("config")
     said = {**content, **(config if isinstance(config, Mapping) else {})}  # the reference has no config, but an "arch"
     if small_images is None:
-        stem = state.get("conv1.weight")
-        small_images = said.get("small_images", stem is not None and stem.shape[-1] == 3)
-    model = resnet(arch or said.get("arch") or _find_arch(state, small_images, path), small_images)
+        small_images = bool(said.get("small_images", _has_small_stem(state)))
+    arch = arch or said.get("arch") or _find_arch(state, small_images, path)
+    model = create(arch, small_images, said.get("crop_size") if image_size is None else image_size)
+    classifier = model.state_dict().keys()
+    remove_classifier(model)
     expected = model.state_dict()
+    # By module, as other methods have a head of their own in its place.
+    heads = {key.rpartition(".")[0] + "." for key in classifier - expected.keys()}
+    state = {key: x for key, x in state.items() if key in expected or not key.startswith(tuple(heads))}
     # A count that no evaluation reads, and that files from before it existed lack.
     state |= {key: x for key, x in expected.items() if key.endswith("num_batches_tracked") and key not in state}
     check_match(state, expected, str(path))
@@ -97,9 +102,14 @@ def trained_backbone(
     return model
 
 
-def _names() -> list[str]:
-    names: list[str] = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
-    return names
+def _resnets() -> list[str]:
+    return [name for name in torchvision_names() if name.startswith(("resnet", "resnext", "wide_resnet"))]
+
+
+def _has_small_stem(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are a ResNet's tensors with its 3x3 stem; a deep stem of timm's has no `conv1.weight`."""
+    stem = state.get("conv1.weight")
+    return stem is not None and stem.shape[-1] == 3
 
 
 def _tensors(content: Mapping[str, Any], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -113,25 +123,28 @@ def _tensors(content: Mapping[str, Any], key: str | None, path: str | os.PathLik
 
 
 def _backbone_state(tensors: Mapping[str, Tensor], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The backbone's tensors by torchvision's names, without a classifier or the head that stands in its place."""
+    """The backbone's tensors by its library's names, and those of a classifier or of the head in its place."""
     keys = ENCODER_KEYS if key is None else [key]
     prefix = next((f"{k}." for k in keys if any(name.startswith(f"{k}.") for name in tensors)), "")
     if key is not None and not prefix:
         starts = sorted({name.partition(".")[0] for name in tensors})
         raise ValueError(f"{path} has no tensors whose names begin with {key + '.'!r}; they begin with {starts}.")
-    state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    return {name: x for name, x in state.items() if not name.startswith("fc.")}
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def _find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
     """The architecture whose tensors have the names and shapes of `state`."""
-    shapes = {name: x.shape for name, x in state.items() if not name.endswith("num_batches_tracked")}
-    for arch in _names():
+
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        left_out = ("fc.", "num_batches_tracked")
+        return {name: x.shape for name, x in tensors.items() if not name.startswith(left_out) | name.endswith(left_out)}
+
+    for arch in _resnets():
         with torch.device("meta"):
             expected = resnet(arch, small_images).state_dict()
-        if shapes == {name: x.shape for name, x in expected.items() if not name.endswith("num_batches_tracked")}:
+        if shapes(state) == shapes(expected):
             return arch
     raise ValueError(
-        f"{path} does not say its architecture, and its tensors fit none of {', '.join(_names())}; name the one that "
+        f"{path} does not say its architecture, and its tensors fit none of {', '.join(_resnets())}; name the one that "
         "it should be (arch), to see what differs, or where in the file the backbone is (checkpoint_key, encoder_key)."
     )

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from run import PRECISIONS, write_json
 from torch import nn
-from torchvision.models import ResNet
 
 import cgh
 from cgh import views
@@ -32,11 +31,12 @@ class Evaluation:
     folder: Path
     """The folder for the effective configuration and the results."""
     weights: Path | None = None
-    """A checkpoint of pretrain.py or of the reference implementation, or torchvision's weights (.pth, .safetensors)."""
+    """A checkpoint of pretrain.py or of the reference implementation, or torchvision's or timm's weights."""
     arch: str | None = None
-    """torchvision's name of the ResNet; by default what the file says, or what its tensors fit."""
+    """torchvision's name of the backbone, or timm's after "timm/"; by default what the file says, or the ResNet that
+    its tensors fit."""
     small_images: bool | None = None
-    """Whether it has the 3x3 stem for small images; likewise."""
+    """Whether it is a ResNet with the 3x3 stem for small images; likewise."""
     checkpoint_key: str | None = None
     """The file's entry with the tensors; by default "model", "net" or "state_dict", or the file itself."""
     encoder_key: str | None = None
@@ -63,7 +63,7 @@ class FeatureEvaluation(Evaluation):
     """A folder to keep the features in; those that it has already are used. Without --weights it needs to have them."""
 
 
-def load_backbone(config: Evaluation, device: torch.device) -> ResNet:
+def load_backbone(config: Evaluation, device: torch.device) -> nn.Module:
     """Return the network without its classifier."""
     if config.weights is None:
         raise ValueError("--weights is missing: name the file whose network is to be evaluated.")
@@ -71,6 +71,22 @@ def load_backbone(config: Evaluation, device: torch.device) -> ResNet:
         config.weights, config.arch, config.small_images, config.checkpoint_key, config.encoder_key
     )
     return backbone.to(device)
+
+
+@torch.no_grad()
+def feature_width(config: Evaluation, backbone: nn.Module, device: torch.device) -> int:
+    """Return how many numbers the network gives an image.
+
+    Raises:
+        ValueError: it cannot take images of this size.
+    """
+    try:
+        return backbone.eval()(torch.zeros(1, 3, config.crop_size, config.crop_size, device=device)).shape[1]
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"the network cannot take images of --crop-size {config.crop_size}: {error}. Name the size that it was "
+            "trained on."
+        ) from error
 
 
 def weights_digest(config: Evaluation) -> str:
@@ -97,7 +113,7 @@ def normalise() -> T.Transform:
 
 def centre_view(config: Evaluation, backbone: nn.Module) -> T.Transform:
     """Return what makes a decoded image into what the network is evaluated on."""
-    small = isinstance(backbone.maxpool, nn.Identity)
+    small = isinstance(getattr(backbone, "maxpool", None), nn.Identity)
     resize = config.resize or (config.crop_size if small else config.crop_size * 256 // 224)
     return T.Compose([T.Resize(resize, antialias=True), T.CenterCrop(config.crop_size), normalise()])
 

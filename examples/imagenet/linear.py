@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from evaluation import centre_view, finish, labelled_images, load_backbone
+from evaluation import centre_view, feature_width, finish, labelled_images, load_backbone
 from run import join
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
     backbone = load_backbone(config, device)
     train, val = labelled_images(config, {"train": None, "val": centre_view(config, backbone)}).values()
     torch.manual_seed(config.seed)
-    probe = LinearProbe(backbone, backbone.inplanes, len(train.classes)).to(device)
+    probe = LinearProbe(backbone, feature_width(config, backbone, device), len(train.classes)).to(device)
 
     def recipe(steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:
         return linear_recipe(probe, config.epochs * steps_per_epoch, config.lr * config.batch / 256)

@@ -1,8 +1,10 @@
-"""Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet.
+"""Pre-train a backbone by CGH; the defaults are the paper's recipe for ImageNet.
 
 torchrun --nproc-per-node 8 examples/imagenet/pretrain.py --folder runs/imagenet --root /data/imagenet
 python examples/imagenet/pretrain.py --folder runs/cifar10 --dataset cifar10 --root /data/cifar10 --arch resnet18 \
     --small-images --crop-size 32
+python examples/imagenet/pretrain.py --folder runs/vit --root /data/imagenet --arch timm/vit_small_patch16_224 \
+    --optimizer adamw --lr 5e-4 --weight-decay 0.05 --drop-path 0.1
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch.utils.data import Dataset, Subset
 
 import cgh
 from cgh import diagnostics, views
+from cgh.extras import require
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
 
 CONTEXTS = ("global", "hypercolumn")
@@ -43,6 +46,7 @@ COLLAPSE = (
     *(f"agreement/{learner}_from_{guide}" for learner, guide in PAIRS),
     *(f"rank/{who}_{context}" for who in ("student", "teacher") for context in CONTEXTS),
 )
+LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
 TIME = ("time/images_per_second", "time/waiting_for_data", "time/memory_gib")
 FIGURES = ("epoch", "lr", *LOSSES, *COLLAPSE, *TIME, "knn/top1", "knn/top5")
 
@@ -53,17 +57,19 @@ class Recipe:
 
     data: tyro.conf.OmitArgPrefixes[DataConfig]
     arch: str = "resnet50"
-    """torchvision's name of a ResNet."""
+    """torchvision's name of a backbone, or timm's after "timm/"."""
     small_images: bool = False
-    """For images of about 32 pixels: a 3x3 stem of stride 1, and no max pool."""
+    """For images of about 32 pixels, of a ResNet: a 3x3 stem of stride 1, and no max pool."""
+    drop_path: float | None = None
+    """Greatest probability of leaving out one of the student's blocks; by default the architecture's own."""
     crop_size: int = 224
     """Side of both views, in pixels."""
     multi_crop: bool = False
     """Four more strong views of smaller sides."""
     blur: bool = True
     """Blur half of the strong views; small images do better without."""
-    layers: tuple[str, ...] = ("layer3", "layer4")
-    """Stages whose maps make the hypercolumn."""
+    layers: tuple[str, ...] = ()
+    """Stages whose maps make the hypercolumn, coarsest last; by default the architecture's last two."""
     dim: int = 512
     """Width of the embeddings."""
     hidden_dim: int = 4096
@@ -80,6 +86,8 @@ class Recipe:
     """Passes over the images."""
     batch: int = 256
     """Images in a step, over all ranks."""
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
+    """AdamW is usual for transformers; LARS, which is timm's, for batches of thousands."""
     lr: float = 0.05
     """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
     warmup_epochs: float = 5
@@ -87,9 +95,9 @@ class Recipe:
     infonce_epochs: float = 5
     """Epochs over which InfoNCE fades out."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Of SGD and LARS; of AdamW, of the gradient's mean."""
     weight_decay: float = 1e-4
-    """Of all parameters but biases and those of norms."""
+    """Of the weights of linear layers and convolutions, and of nothing else."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """What autocast computes the networks in; fp16 scales the loss."""
     seed: int = 0
@@ -98,7 +106,7 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Config(Recipe):
-    """Pre-train a ResNet by CGH; the defaults are the paper's recipe for ImageNet."""
+    """Pre-train a backbone by CGH; the defaults are the paper's recipe for ImageNet."""
 
     folder: Path
     """Of the run, for all that it writes; started again with the same options, the run goes on from there."""
@@ -158,6 +166,7 @@ class Pretraining:
         warmup_steps = round(config.warmup_epochs * self.per_epoch)
         self.rate = cgh.LearningRate(config.lr * config.batch / 256, self.steps, warmup_steps)
         self.model = build_model(config, round(config.infonce_epochs * self.per_epoch)).to(self.device)
+        config.layers = config.layers or self.model.student.extractor.layers  # so that the run's files say them
         self.optimizer = build_optimizer(self.model.student, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0  # optimiser steps done
@@ -338,28 +347,46 @@ class Losses:
 def build_model(config: Config, infonce_steps: int) -> cgh.CGH:
     """Return student, teacher and memory with their losses, the same on every rank."""
     torch.manual_seed(config.seed)
-    backbone = cgh.interop.resnet(config.arch, config.small_images)
+    backbone = cgh.interop.build_backbone(config.arch, config.small_images, config.crop_size, config.drop_path)
     if config.batch_norm_splits > 1:
         backbone = cgh.SplitBatchNorm2d.convert(backbone, config.batch_norm_splits)
-    model = cgh.CGH(
-        backbone,
-        config.layers,
-        dim=config.dim,
-        hidden_dim=config.hidden_dim,
-        memory_size=config.memory_size,
-        momentum=config.teacher_momentum,
-        warmup_steps=infonce_steps,
-        centring_momentum=0.9 if config.centring else None,
-        seed=config.seed,
-    )
+    try:
+        model = cgh.CGH(
+            backbone,
+            config.layers or cgh.interop.default_layers(backbone),
+            dim=config.dim,
+            hidden_dim=config.hidden_dim,
+            memory_size=config.memory_size,
+            momentum=config.teacher_momentum,
+            warmup_steps=infonce_steps,
+            centring_momentum=0.9 if config.centring else None,
+            image_shape=(3, config.crop_size, config.crop_size),
+            seed=config.seed,
+        )
+    except ValueError as error:
+        if "layer" not in str(error):
+            raise
+        table = cgh.list_layers(backbone, config.crop_size, depth=LISTED_DEPTH)
+        raise ValueError(f"--layers {' '.join(config.layers)}: {error}\n{table}") from error
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
-def build_optimizer(student: nn.Module, config: Config) -> torch.optim.SGD:
-    """Return SGD that does not shrink biases and the weights of norms."""
-    weights = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
+def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return an optimiser that shrinks the weights of linear layers and convolutions alone.
+
+    Biases, norms, position embeddings, class tokens and the scales of layers keep their lengths.
+    """
+    decays = {name: p.ndim > 1 and name.endswith("weight") for name, p in student.named_parameters()}
+    weights = [p for name, p in student.named_parameters() if decays[name]]
+    others = [p for name, p in student.named_parameters() if not decays[name]]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    if config.optimizer == "lars":  # timm's leaves what does not decay to plain SGD, as LARS's authors do
+        lars: torch.optim.Optimizer = require("timm.optim", extra="timm").Lars(
+            groups, lr=config.lr, momentum=config.momentum
+        )
+        return lars
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import tyro
-from evaluation import centre_view, finish, labelled_images, load_backbone
+from evaluation import centre_view, feature_width, finish, labelled_images, load_backbone
 from run import join
 from torch import nn
 from torch.optim import Optimizer
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
     train, val = labelled_images(config, {"train": None, "val": centre_view(config, backbone)}).values()
     known = Subset(train, labelled_share(train.labels, config.fraction, config.seed).tolist())
     torch.manual_seed(config.seed)
-    model = Classifier(backbone, backbone.inplanes, len(train.classes)).to(device)
+    model = Classifier(backbone, feature_width(config, backbone, device), len(train.classes)).to(device)
     if dist.is_initialized() and device.type == "cuda":  # PyTorch has none for the CPU
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

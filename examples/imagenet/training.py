@@ -36,7 +36,7 @@ class Training(Evaluation):
     folder: Path
     """The run's folder, for all that it writes; started again with the same options, it goes on from there."""
     weights: Path = field()
-    """A checkpoint of pretrain.py or of the reference implementation, or torchvision's weights (.pth, .safetensors)."""
+    """A checkpoint of pretrain.py or of the reference implementation, or torchvision's or timm's weights."""
     epochs: int
     validation_epochs: int = 10
     """Between validations, beside the one at the end; 0 for that one alone."""

@@ -193,7 +193,7 @@ def test_what_is_not_finite_is_named_and_not_saved(every: str, message: str, roo
     [
         (["--dim=32"], "holds another run: dim was 16 and is now 32. Start with the same options"),
         (["--warmup-epochs=3"], "warmup_steps is 24 of 16 steps"),
-        (["--arch=resnet19"], "arch is 'resnet19'; torchvision's ResNets are"),
+        (["--arch=resnet19"], "arch is 'resnet19', which is no classifier of torchvision"),
         pytest.param(
             ["--device=cuda"],
             "--device cuda for process 0 of this machine, counted from 0, but PyTorch",
