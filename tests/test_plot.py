@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,102 @@ def test_an_embedding_keeps_clusters_apart() -> None:
     assert between > within
 
 
+NAMES = [f"{adjective} {noun}" for adjective in ("electric", "African bush") for noun in ("owl", "car", "hummingbird")]
+NAMES += [f"delivery van of the {nation}" for nation in ("Swiss", "French", "British", "Dutch", "Danes", "Finns")]
+NAMES += ["cat", "dog", "zebra", "violin", "umbrella", "washbasin", "sea lion", "airliner"]
+TWENTY = torch.arange(400) % 20
+
+
+def boxes(figure: Figure) -> list[Any]:
+    """Where words stand in the drawn figure, in pixels."""
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    for axis in (axis for axes in figure.axes if axes.axison for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        texts += [t for at, t in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= at <= high]
+    texts += [axes._left_title for axes in figure.axes]  # type: ignore[attr-defined]
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    texts += [text for legend in legends for text in legend.get_texts()]
+    return [text.get_window_extent() for text in texts if text.get_text()]
+
+
+def relations() -> dict[str, Tensor]:
+    rows = unit(100, 300).float().abs()
+    return {"global": rows / rows.sum(dim=1, keepdim=True)}
+
+
+CROWDED: dict[str, Callable[[], Figure]] = {
+    "six runs": lambda: plot.curves(
+        {f"runs/resnet50-batch{n}-warmup{n}": {q: ([0, 1], [1.0, 0.5]) for q in NAMES[:4]} for n in range(6)}
+    ),
+    "a group of twenty": lambda: plot.groups(
+        {f"loss/{name}": ([0, 1], [1.0, 0.5]) for name in NAMES} | {"rank": ([0], [1.0])}
+    ),
+    "neighbours": lambda: plot.neighbours(
+        torch.rand(5, 1, 8, 8),
+        torch.rand(60, 1, 8, 8),
+        {"before training of a ResNet-50 for 200 epochs": (torch.randn(5, 4), torch.randn(60, 4))},
+        (TWENTY[:5], TWENTY[:60]),
+        classes=NAMES,
+    ),
+    "relations": lambda: plot.relation_matrix(relations(), TWENTY[:100], TWENTY[100:], classes=NAMES),
+    "relations of thin classes": lambda: plot.relation_matrix(
+        relations(), [0] * 81 + list(range(1, 20)), TWENTY[100:], classes=NAMES, size=(4, 3)
+    ),
+    "a map": lambda: plot.embedding({"before": torch.randn(400, 4)}, TWENTY, classes=NAMES),
+    "a map of numbers": lambda: plot.embedding({"before": torch.randn(400, 4)}, TWENTY),
+}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_no_word_lies_on_another_or_leaves_the_figure(name: str) -> None:
+    if "map" in name:
+        pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    figure = CROWDED[name]()
+    drawn = boxes(figure)
+    assert len(drawn) > 5
+    whole = figure.bbox
+    assert all(whole.x0 <= b.x0 and b.x1 <= whole.x1 and whole.y0 <= b.y0 and b.y1 <= whole.y1 for b in drawn)
+    rows = torch.tensor([[b.x0 + 1, b.y0 + 1, b.x1 - 1, b.y1 - 1] for b in drawn])
+    width = torch.minimum(rows[:, None, 2], rows[None, :, 2]) - torch.maximum(rows[:, None, 0], rows[None, :, 0])
+    height = torch.minimum(rows[:, None, 3], rows[None, :, 3]) - torch.maximum(rows[:, None, 1], rows[None, :, 1])
+    assert not ((width > 0) & (height > 0)).fill_diagonal_(False).any()
+
+
+def test_groups_of_a_run_and_their_levels() -> None:
+    run = {"entropy/student": ([0, 1], [5.0, 4.0]), "entropy/teacher": ([0, 1], [5.0, 3.0]), "lr": ([0, 1], [0.1, 0.0])}
+    figure = plot.groups(run, levels={"entropy": {"log K": 5.5}})
+    pixels(figure)
+    entropy, rate = figure.axes
+    assert [line.get_ydata()[-1] for line in entropy.get_lines()] == [4, 3, 5.5]
+    assert [text.get_text() for text in entropy.get_legend().get_texts()] == ["student", "teacher", "log K"]
+    assert rate.get_legend() is None
+    chosen = plot.groups(run, {"teacher and rate": ["entropy/teacher", "lr"]})
+    assert [len(axes.get_lines()) for axes in chosen.axes] == [2]
+
+
+def test_on_axes_of_ones_own_and_in_a_size_of_ones_own() -> None:
+    figure = Figure(figsize=(6, 3))
+    left, right = figure.subplots(1, 2)
+    assert plot.curves({"run": {"loss": ([0, 1], [2.0, 1.0])}}, ax=left) is figure
+    assert plot.relation_matrix({"global": torch.full((2, 3), 1 / 3)}, ax=[right]) is figure
+    assert len(left.get_lines()) == 1
+    assert len(right.get_images()) == 1
+    one, two = Figure().subfigures(1, 2)
+    assert plot.hypercolumns(GREY, {"deep": torch.rand(6, 7, 2, 2)}, ax=two.subplots(2, 1)) is one.figure
+    assert plot.curves({"run": {"loss": ([0], [1.0])}}, size=(5, 2)).get_size_inches().tolist() == [5, 2]
+
+
+def test_a_notebook_shows_it_and_a_pdf_holds_its_words_in_truetype(tmp_path: Path) -> None:
+    figure = plot.curves({"run": {"loss": ([0, 1], [2.0, 1.0])}})
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    plot.save(figure, tmp_path / "curves.pdf")
+    written = (tmp_path / "curves.pdf").read_bytes()
+    assert b"/FontFile2" in written
+    assert b"/Type3" not in written
+
+
 def eight(**changes: Any) -> Figure:
     arguments: dict[str, Any] = {
         "queries": GREY[:2],
@@ -151,6 +248,11 @@ def bad(*shape: int, value: float = 0.5) -> Tensor:
         (lambda: plot.curves({}), "each is one or more"),
         (lambda: plot.curves({"run": {"loss": ([0], [1.0])}}, window=0), "window is 0"),
         (lambda: plot.curves({"run": {"loss": ([0, 1], [1.0])}}), r"'loss' of run 'run' has steps of shape \(2,\)"),
+        (lambda: plot.groups({}), "the run has"),
+        (lambda: plot.groups({"loss": ([0], [1.0])}, {"losses": ["los"]}), r"unknown are \['los'\]"),
+        (lambda: plot.groups({"loss": ([0], [1.0])}, levels={"rank": {"N": 4}}), r"unknown are \['rank'\]"),
+        (lambda: plot.curves({"run": {"loss": ([0], [1.0])}}, ax=[]), "0 axes are given for 1 panels"),
+        (lambda: plot.curves({"run": {"loss": ([0], [1.0])}}, size=(3, 0)), r"size is \(3, 0\)"),
         (lambda: eight(queries=GREY[:2] - 1), "from -1 to -0.6"),
         (lambda: eight(images=GREY[2:, 0]), r"images are torch.float32 of shape \(4, 4, 4\)"),
         (lambda: eight(k=5), "k from 1 to the 4 images"),
