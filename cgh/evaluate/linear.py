@@ -65,7 +65,7 @@ class LinearProbe(Classifier):
 
 
 def linear_recipe(
-    probe: LinearProbe, steps: int, learning_rate: float = 0.3
+    probe: LinearProbe, steps: int, learning_rate: float = 0.3, nesterov: bool = False
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Return the protocol's optimiser of the linear layer, and its schedule, to be stepped after every batch.
 
@@ -76,6 +76,7 @@ def linear_recipe(
         probe: what learns.
         steps: batches in all.
         learning_rate: at the start.
+        nesterov: momentum of Nesterov's kind, which the paper does without.
 
     Example:
         >>> import torch, cgh
@@ -90,7 +91,7 @@ def linear_recipe(
         >>> cgh.evaluate.accuracy(probe(torch.eye(2)), torch.tensor([0, 1]), k=[1])
         (100.0,)
     """
-    optimizer = torch.optim.SGD(probe.classifier.parameters(), lr=learning_rate, momentum=0.9)
+    optimizer = torch.optim.SGD(probe.classifier.parameters(), lr=learning_rate, momentum=0.9, nesterov=nesterov)
     return optimizer, LambdaLR(optimizer, LearningRate(base=1.0, steps=steps))
 
 

@@ -46,6 +46,8 @@ class Evaluation:
     """Side of the images that the network sees, in pixels."""
     resize: int | None = None
     """Shorter side before the centre crop; by default crop_size x 256 / 224, or crop_size with the small stem."""
+    interpolation: Literal["bicubic", "bilinear"] = "bilinear"
+    """How images are resized."""
     batch: int = 256
     """Images at a time, over all ranks."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -59,6 +61,8 @@ class FeatureEvaluation(Evaluation):
     """What an evaluation of frozen features is told beside."""
 
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=lambda: DataConfig(Path("data")))
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized; bicubic as in the reference implementation, which it is not where it trains layers."""
     features: Path | None = None
     """A folder to keep the features in; those that it has already are used. Without --weights it needs to have them."""
 
@@ -115,7 +119,9 @@ def centre_view(config: Evaluation, backbone: nn.Module) -> T.Transform:
     """Return what makes a decoded image into what the network is evaluated on."""
     small = isinstance(getattr(backbone, "maxpool", None), nn.Identity)
     resize = config.resize or (config.crop_size if small else config.crop_size * 256 // 224)
-    return T.Compose([T.Resize(resize, antialias=True), T.CenterCrop(config.crop_size), normalise()])
+    return T.Compose(
+        [T.Resize(resize, T.InterpolationMode(config.interpolation)), T.CenterCrop(config.crop_size), normalise()]
+    )
 
 
 def labelled_images(config: Evaluation, transforms: Mapping[str, Any]) -> dict[str, Images]:

@@ -27,6 +27,8 @@ class Config(Training):
     epochs: int = 100
     lr: float = 0.3
     """Learning rate at the start, for a batch of 256; it is scaled by batch / 256."""
+    nesterov: bool = False
+    """Momentum of Nesterov's kind."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     probe = LinearProbe(backbone, feature_width(config, backbone, device), len(train.classes)).to(device)
 
     def recipe(steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:
-        return linear_recipe(probe, config.epochs * steps_per_epoch, config.lr * config.batch / 256)
+        return linear_recipe(probe, config.epochs * steps_per_epoch, config.lr * config.batch / 256, config.nesterov)
 
     finish(config, train_classifier(config, probe, probe.classifier, recipe, train, val, device))
 

@@ -422,8 +422,8 @@ def load_views(config: Config, rank: int, world_size: int, device: torch.device)
 def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple[Tensor, int]]:
     """Return images of a split as they are evaluated, evenly chosen where there are more than asked for."""
     resize = config.crop_size if config.small_images else config.crop_size * 256 // 224
-    transform = T.Compose([T.Resize(resize, antialias=True), T.CenterCrop(config.crop_size), normalise()])
-    dataset = images(config.data, split, transform)
+    crop = [T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(config.crop_size)]  # as knn.py does
+    dataset = images(config.data, split, T.Compose([*crop, normalise()]))
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // config.knn_images)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -66,13 +67,33 @@ def test_features_are_extracted_once_and_kept(
     scores = evaluate("cluster", tmp_path / "cluster", kept)
     assert scores["accuracy"] > 60
     assert 0 < scores["ari"] <= scores["nmi"] <= 1
+    assert scores["ami"] <= scores["nmi"]
 
     other = tmp_path / "other.pth"
     torch.save(torchvision.models.resnet18().state_dict(), other)
     with pytest.raises(ValueError, match="holds features of something else: weights is "):
         evaluate("knn", tmp_path / "other", f"--weights={other}", f"--root={root}", kept, "--k", 1)
-    with pytest.raises(ValueError, match="of something else: view is .*Extract into another file"):
-        evaluate("cluster", tmp_path / "other", *of_weights, kept, "--resize=40")
+    for view in ("--resize=40", "--interpolation=bilinear"):
+        with pytest.raises(ValueError, match="of something else: view is .*Extract into another file"):
+            evaluate("cluster", tmp_path / "other", *of_weights, kept, view)
+
+
+def test_clusters_beside_classes_of_classes(root: Path, weights: Path, tmp_path: Path) -> None:
+    cluster = importlib.import_module("cluster")
+    given = ["class_0", "class_1", "class_2", "class_3"]
+    path = tmp_path / "is_a.txt"
+    path.write_text("even class_0\nodd class_1\neven class_2\nodd class_3\nother class_1\nthing even\n")
+    assert cluster.super_classes(path, given).tolist() == [0, 1, 0, 1]
+    kept = f"--features={tmp_path / 'features'}"
+    fine = evaluate("cluster", tmp_path / "fine", f"--weights={weights}", f"--root={root}", kept)
+    coarse = evaluate("cluster", tmp_path / "coarse", kept, f"--super-classes={path}", "--clusters=4")
+    assert coarse["nmi"] != fine["nmi"]
+    path.write_text("even\tclass_0\nodd\tclass_1\n")
+    with pytest.raises(ValueError, match=r"no class above 2 of 4 classes: \['class_2', 'class_3'\]"):
+        cluster.super_classes(path, given)
+    path.write_text("even class_0 odd\n")
+    with pytest.raises(ValueError, match="line 1: 'even class_0 odd'; a line is SUPERCLASS CLASS"):
+        cluster.super_classes(path, given)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +105,9 @@ def test_a_run_that_stopped_goes_on_bit_by_bit(
     options = [f"--weights={weights}", f"--root={root}", "--epochs=2", "--validation-epochs=1", *more]
     whole = evaluate(script, tmp_path / "whole", *options)
     assert whole["epoch"] == 2
+    tops = [row["top1"] for row in csv.DictReader((tmp_path / "whole" / "log.csv").read_text().splitlines())]
+    assert whole["best_top1"] == pytest.approx(max(map(float, tops)), rel=1e-4)
+    assert float(tops[whole["best_epoch"] - 1]) == max(map(float, tops))
 
     run = importlib.import_module("run").Run
     save = run.save
