@@ -19,7 +19,7 @@ from cgh.losses import CrossContextLoss, InfoNCELoss
 from cgh.memory import MemoryBank
 from cgh.method import CGH, CGHOutput
 from cgh.relation import RelationMatrix
-from cgh.schedules import LearningRate, LossWeights
+from cgh.schedules import LearningRate, LossWeights, TeacherMomentum
 from cgh.shuffle import BatchShuffle
 from cgh.teacher import EMATeacher
 
@@ -44,6 +44,7 @@ __all__ = [
     "ProjectionHead",
     "RelationMatrix",
     "SplitBatchNorm2d",
+    "TeacherMomentum",
     "checkpoint",
     "diagnostics",
     "evaluate",

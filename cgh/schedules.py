@@ -46,6 +46,42 @@ class LearningRate:
         return self.base * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps)))
 
 
+@dataclass(frozen=True)
+class TeacherMomentum:
+    """The teacher's momentum, rising from `base` to `final` in a cosine over the updates, as in BYOL and DINO.
+
+    Args:
+        base: at the first update.
+        steps: updates in all.
+        final: at the last one and past it.
+
+    Raises:
+        ValueError: a momentum outside 0 to 1, or `steps` below 1.
+
+    Example:
+        >>> import cgh, torch
+        >>> momentum = cgh.TeacherMomentum(base=0.996, steps=1000)
+        >>> momentum(0), momentum(500), momentum(1000)
+        (0.996, 0.998, 1.0)
+        >>> teacher = cgh.EMATeacher(torch.nn.Linear(4, 2), momentum)
+    """
+
+    base: float
+    steps: int
+    final: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base <= 1 or not 0 <= self.final <= 1 or self.steps < 1:
+            raise ValueError(
+                f"base is {self.base}, final {self.final} and steps {self.steps}; momenta lie between 0 and 1, and "
+                "there is at least one step."
+            )
+
+    def __call__(self, updates: int) -> float:
+        done = min(updates / self.steps, 1.0)
+        return self.final - (self.final - self.base) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 class Weights(NamedTuple):
     """What each loss counts in the total."""
 

@@ -43,3 +43,15 @@ def test_bad_input() -> None:
         cgh.LossWeights(-1)
     with pytest.raises(ValueError, match="step is -1"):
         cgh.LossWeights(3)(-1)
+    with pytest.raises(ValueError, match="final 1.1"):
+        cgh.TeacherMomentum(0.99, steps=10, final=1.1)
+
+
+def test_the_teachers_momentum_rises_in_a_cosine_and_stays() -> None:
+    momentum = cgh.TeacherMomentum(0.9, steps=4, final=1.0)
+    assert [round(momentum(n), 4) for n in range(6)] == [0.9, 0.9146, 0.95, 0.9854, 1.0, 1.0]
+    student, teacher = torch.nn.Linear(1, 1), cgh.EMATeacher(torch.nn.Linear(1, 1), momentum)
+    torch.nn.init.ones_(student.weight)
+    torch.nn.init.zeros_(teacher.encoder.weight)
+    teacher.update(student)
+    assert teacher.encoder.weight.item() == pytest.approx(0.1)

@@ -10,6 +10,7 @@ python examples/imagenet/pretrain.py --folder runs/vit --root /data/imagenet --a
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import time
@@ -25,6 +26,7 @@ import tyro
 from data import Batches, DataConfig, images
 from evaluation import normalise, plain
 from log import Clock, Log, read
+from method import Method, parse, spelled
 from plot import draw
 from run import PRECISIONS, Run, Stop, check_same, join, write_json
 from torch import Tensor, nn
@@ -38,23 +40,29 @@ from cgh import diagnostics, views
 from cgh.extras import require
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
 
-CONTEXTS = ("global", "hypercolumn")
-PAIRS = (("global", "hypercolumn"), ("hypercolumn", "global"))  # (learner, guide)
-LOSSES = ("loss/total", "loss/infonce", *(f"loss/{learner}_from_{guide}" for learner, guide in PAIRS))
-COLLAPSE = (
-    *(f"entropy/{who}_{context}" for who in ("student", "teacher") for context in CONTEXTS),
-    *(f"agreement/{learner}_from_{guide}" for learner, guide in PAIRS),
-    *(f"rank/{who}_{context}" for who in ("student", "teacher") for context in CONTEXTS),
-)
 LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
 TIME = ("time/images_per_second", "time/waiting_for_data", "time/memory_gib")
-FIGURES = ("epoch", "lr", *LOSSES, *COLLAPSE, *TIME, "knn/top1", "knn/top5")
+# What the recipes have other than the paper's for ImageNet.
+RECIPES: dict[str, dict[str, Any]] = {
+    "imagenet": {},
+    "cifar": {
+        **{"arch": "resnet18", "small_images": True, "crop_size": 32, "blur": False, "dim": 128, "hidden_dim": 512},
+        **{"memory_size": 4096, "teacher_momentum": 0.99, "batch_norm_splits": 8, "lr": 0.06, "weight_decay": 5e-4},
+    },
+    "small": {
+        **{"arch": "resnet18", "crop_size": 96, "dim": 128, "hidden_dim": 512, "memory_size": 4096, "batch": 64},
+        **{"teacher_momentum": 0.99, "batch_norm_splits": 4, "infonce_epochs": 50},
+    },
+}
 
 
 @dataclass(kw_only=True)
 class Recipe:
     """What decides the weights; a run goes on only with what it was started with."""
 
+    recipe: Literal["imagenet", "cifar", "small"] = "imagenet"
+    """Defaults of what follows: the paper's for ImageNet, or for CIFAR's 32 pixels, or for some thousand photographs on
+    one device. Every option given beside it wins."""
     data: tyro.conf.OmitArgPrefixes[DataConfig]
     arch: str = "resnet50"
     """torchvision's name of a backbone, or timm's after "timm/"."""
@@ -69,7 +77,16 @@ class Recipe:
     blur: bool = True
     """Blur half of the strong views; small images do better without."""
     layers: tuple[str, ...] = ()
-    """Stages whose maps make the hypercolumn, coarsest last; by default the architecture's last two."""
+    """Stages whose maps make the hypercolumn, coarsest last; by default the architecture's last two. Several
+    hypercolumns, each a context, are named: shallow=layer1,layer2 deep=layer3,layer4."""
+    pairs: tuple[str, ...] = ()
+    """What learns from what, LEARNER:GUIDE such as global:hypercolumn; by default every context from each other."""
+    student_temperature: tuple[str, ...] = spelled(STUDENT_TEMPERATURE)
+    """CONTEXT=TEMPERATURE, or one number for all; hypercolumns of other names may leave theirs to "hypercolumn"."""
+    teacher_temperature: tuple[str, ...] = spelled(TEACHER_TEMPERATURE)
+    """Likewise."""
+    infonce_temperature: float = 0.2
+    """Of the warm-up's loss."""
     dim: int = 512
     """Width of the embeddings."""
     hidden_dim: int = 4096
@@ -78,6 +95,8 @@ class Recipe:
     """Rows of the memory banks."""
     teacher_momentum: float = 0.999
     """Momentum of the teacher's moving average."""
+    teacher_momentum_end: float | None = None
+    """What it rises to, in a cosine over the run; by default it stays."""
     centring: bool = False
     """Take the mean of the teacher's similarities off them."""
     batch_norm_splits: int = 1
@@ -165,8 +184,10 @@ class Pretraining:
         self.steps = config.epochs * self.per_epoch
         warmup_steps = round(config.warmup_epochs * self.per_epoch)
         self.rate = cgh.LearningRate(config.lr * config.batch / 256, self.steps, warmup_steps)
-        self.model = build_model(config, round(config.infonce_epochs * self.per_epoch)).to(self.device)
-        config.layers = config.layers or self.model.student.extractor.layers  # so that the run's files say them
+        infonce_steps = round(config.infonce_epochs * self.per_epoch)
+        self.model, self.method = build_model(config, infonce_steps, self.steps)
+        self.model.to(self.device)
+        self.losses = Losses(self.method.pairs)
         self.optimizer = build_optimizer(self.model.student, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0  # optimiser steps done
@@ -175,13 +196,12 @@ class Pretraining:
         self.wrapped = wrap(self.model, config)
 
         self.neighbours = [load_images(config, split) for split in ("train", "val")] if config.knn_epochs else []
-        self.losses = Losses()
         self.clock = Clock()
         self.saved = time.monotonic()
         self.log = None
         if self.rank == 0:
             write_json(self.run.folder / "config.json", plain(config))
-            self.log = Log(self.run.folder, FIGURES, self.steps, self.step, log_size)
+            self.log = Log(self.run.folder, figures_of(self.method), self.steps, self.step, log_size)
 
     def resume(self) -> int:
         """Go on from the run's last checkpoint, if it has one; return the size of the log at that moment."""
@@ -266,11 +286,11 @@ class Pretraining:
         """Log the losses of this step, and where the time went since the last row."""
         losses = torch.tensor(self.losses.check(), device=self.device)
         figures = {"epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        figures |= dict(zip(LOSSES, cgh.distributed.mean(losses).tolist(), strict=True))
+        figures |= dict(zip(self.losses.names, cgh.distributed.mean(losses).tolist(), strict=True))
         if not output.weights.infonce:
             del figures["loss/infonce"]  # it is not computed any more
         if self.step % (self.config.log_steps * self.config.collapse_rows) == 0:
-            figures |= collapse(output, self.model.memory)
+            figures |= collapse(output, self.model.memory, self.method)
         figures |= dict(zip(TIME, self.clock.lap(self.device), strict=True))
         if self.log:
             speed, waiting, memory = (figures[name] for name in TIME)
@@ -321,15 +341,17 @@ REMEDY = "The last checkpoint is from before, and good. Lower --lr, or use bf16 
 class Losses:
     """Every step's losses, kept on the device until someone looks at them, so that no step waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._pairs = pairs
+        self.names = losses_of(pairs)
         self._kept: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, output: cgh.CGHOutput) -> None:
-        terms = [output.loss, output.infonce, *(output.terms[pair] for pair in PAIRS)]
+        terms = [output.loss, output.infonce, *(output.terms[pair] for pair in self._pairs)]
         self._kept.append((step, torch.stack(terms).detach()))
 
     def check(self) -> list[float]:
-        """Return those of the last step, in the order of `LOSSES`, and forget the others.
+        """Return those of the last step, in the order of `names`, and forget the others.
 
         Raises:
             FloatingPointError: one is not finite, in any step since the last look.
@@ -337,27 +359,52 @@ class Losses:
         losses: list[float] = []
         for step, values in self._kept:
             losses = values.tolist()
-            broken = [f"{name} is {x}" for name, x in zip(LOSSES, losses, strict=True) if not math.isfinite(x)]
+            broken = [f"{name} is {x}" for name, x in zip(self.names, losses, strict=True) if not math.isfinite(x)]
             if broken:
                 raise FloatingPointError(f"step {step}: {', '.join(broken)}. {REMEDY}")
         self._kept = self._kept[-1:]
         return losses
 
 
-def build_model(config: Config, infonce_steps: int) -> cgh.CGH:
-    """Return student, teacher and memory with their losses, the same on every rank."""
+def losses_of(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of the losses that a step logs."""
+    return ["loss/total", "loss/infonce", *(f"loss/{learner}_from_{guide}" for learner, guide in pairs)]
+
+
+def figures_of(method: Method) -> list[str]:
+    """Names of all that a run logs."""
+    embeddings = [f"{who}_{context}" for who in ("student", "teacher") for context in method.contexts]
+    agreement = [f"agreement/{learner}_from_{guide}" for learner, guide in method.pairs]
+    collapse = [*(f"entropy/{z}" for z in embeddings), *agreement, *(f"rank/{z}" for z in embeddings)]
+    return ["epoch", "lr", *losses_of(method.pairs), *collapse, *TIME, "knn/top1", "knn/top5"]
+
+
+def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH, Method]:
+    """Return student, teacher and memory with their losses, the same on every rank, and what learns from what.
+
+    Layers that the configuration leaves to the architecture are put into it.
+    """
     torch.manual_seed(config.seed)
     backbone = cgh.interop.build_backbone(config.arch, config.small_images, config.crop_size, config.drop_path)
+    config.layers = config.layers or cgh.interop.default_layers(backbone)
+    method = parse(config.layers, config.pairs, config.student_temperature, config.teacher_temperature)
+    momentum: float | cgh.TeacherMomentum = config.teacher_momentum
+    if config.teacher_momentum_end is not None:
+        momentum = cgh.TeacherMomentum(config.teacher_momentum, steps, config.teacher_momentum_end)
     if config.batch_norm_splits > 1:
         backbone = cgh.SplitBatchNorm2d.convert(backbone, config.batch_norm_splits)
     try:
         model = cgh.CGH(
             backbone,
-            config.layers or cgh.interop.default_layers(backbone),
+            method.hypercolumns,
             dim=config.dim,
             hidden_dim=config.hidden_dim,
             memory_size=config.memory_size,
-            momentum=config.teacher_momentum,
+            momentum=momentum,
+            student_temperature=method.student_temperature,
+            teacher_temperature=method.teacher_temperature,
+            infonce_temperature=config.infonce_temperature,
+            pairs=method.pairs,
             warmup_steps=infonce_steps,
             centring_momentum=0.9 if config.centring else None,
             image_shape=(3, config.crop_size, config.crop_size),
@@ -368,7 +415,7 @@ def build_model(config: Config, infonce_steps: int) -> cgh.CGH:
             raise
         table = cgh.list_layers(backbone, config.crop_size, depth=LISTED_DEPTH)
         raise ValueError(f"--layers {' '.join(config.layers)}: {error}\n{table}") from error
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model, method
 
 
 def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -428,7 +475,7 @@ def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple
 
 
 @torch.no_grad()
-def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank) -> dict[str, float]:
+def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank, method: Method) -> dict[str, float]:
     """Return figures that show a collapse: of 64 images' relations, and of the embeddings of the batch of all ranks.
 
     Entropy is in nats: 0 where an image relates to one row of the memory, the logarithm of its size where it relates to
@@ -438,16 +485,16 @@ def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank) -> dict[str, float]:
     figures: dict[str, Tensor] = {}
     relations = {}
     for who, embeddings, temperatures in (
-        ("student", output.student, STUDENT_TEMPERATURE),
-        ("teacher", output.teacher, TEACHER_TEMPERATURE),
+        ("student", output.student, method.student_temperature),
+        ("teacher", output.teacher, method.teacher_temperature),
     ):
-        for context in CONTEXTS:
+        for context in method.contexts:
             z = embeddings[context].detach()
             relation = cgh.RelationMatrix(temperatures[context])(z[:64], memory[context])
             relations[who, context] = relation
             figures[f"entropy/{who}_{context}"] = diagnostics.relation_entropy(relation)
             figures[f"rank/{who}_{context}"] = diagnostics.effective_rank(cgh.distributed.gather(z))
-    for learner, guide in PAIRS:
+    for learner, guide in method.pairs:
         agreement = diagnostics.top_neighbour_agreement(relations["student", learner], relations["teacher", guide])
         figures[f"agreement/{learner}_from_{guide}"] = agreement
     return {name: value.item() for name, value in figures.items()}
@@ -464,12 +511,34 @@ def profiler(folder: Path) -> torch.profiler.profile:
 def recipe(configuration: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that decides the weights; the data may have moved."""
     data = {name: value for name, value in configuration["data"].items() if name != "root"}
-    return {field.name: configuration[field.name] for field in fields(Recipe)} | {"data": data}
+    # What a checkpoint of before an option existed was trained with is the option's default.
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    known = {name: configuration.get(name, default) for name, default in defaults.items()}
+    return json.loads(json.dumps(known | {"data": data}))
+
+
+@dataclass
+class Chosen:
+    """The recipe alone, which decides the defaults of all other options."""
+
+    recipe: Literal["imagenet", "cifar", "small"] = "imagenet"
+
+
+def parse_arguments(args: Sequence[str] | None = None) -> Config:
+    """Return what the command line says, by the defaults of the recipe that it names."""
+    chosen, _ = tyro.cli(Chosen, args=args, return_unknown_args=True, add_help=False)
+    default = Config(
+        folder=tyro.MISSING,
+        data=DataConfig(root=tyro.MISSING),
+        recipe=chosen.recipe,
+        **RECIPES[chosen.recipe],
+    )
+    return tyro.cli(Config, args=args, default=default)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    training = Pretraining(tyro.cli(Config, args=args))
+    training = Pretraining(parse_arguments(args))
     training.close(training.train())
 
 
