@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 from methods import METHODS, Learner, Settings
-from results import add_row, commit, markdown, mean_and_spread, read_rows
+from results import add_rows, commit, markdown, mean_and_spread, read_rows
 from rich.console import Console
 from rich.progress import track
 
@@ -65,7 +65,7 @@ def main(command: Run | Table) -> None:
             for name in command.methods:
                 if (name, str(seed), str(command.epochs)) not in done:
                     row = {"method": name, "seed": seed, "epochs": command.epochs, **train(name, seed, command.epochs)}
-                    add_row(command.results, row)
+                    add_rows(command.results, [row])
                     console.print(row)
     table(read_rows(command.results), command.picture)
 

@@ -24,25 +24,27 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def add_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, in one write, so that several processes can add to the same file.
+def add_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file, in one write, so that several processes can add to the same file.
 
     Raises:
-        ValueError: the file has not got a column of the row.
+        ValueError: the file has not got a column of a row.
     """
-    row = {"commit": commit(), **row}
+    rows = [{"commit": commit(), **row} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     if path.exists():
         with path.open(newline="") as file:
-            columns = next(csv.reader(file), columns)
-    if unknown := [name for name in row if name not in columns]:
-        raise ValueError(f"{path} has no column {unknown[0]!r}; its columns are {columns}. Give another file.")
+            known = next(csv.reader(file), columns)
+        columns, unknown = known, [name for name in columns if name not in known]
+        if unknown:
+            raise ValueError(f"{path} has no column {unknown[0]!r}; its columns are {known}. Give another file.")
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     if not path.exists():
         writer.writeheader()
-    writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+    for row in rows:
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
     with path.open("a", newline="") as file:
         file.write(text.getvalue())
 

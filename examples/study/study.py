@@ -11,7 +11,6 @@ stretches of ten minutes. On a GPU it computes in bfloat16, compiled; on a CPU c
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import torch
 import tyro
 from images import Images, load
 from methods import METHODS, Learner, Method, Settings, resnet18
-from results import add_row, commit, markdown, mean_and_spread, read_rows, to_csv
+from results import add_rows, commit, markdown, mean_and_spread, read_rows, to_csv
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
@@ -41,6 +40,9 @@ QUANTITIES = tuple(f"{k} neighbours" for k in NEIGHBOURS)
 TARGETS = ("entropy global", "entropy hypercolumn", "agreement")  # of the teacher's relations
 HELD_OUT = 10  # one training image of so many is what a search judges by, and never trains on
 PROBE_EPOCHS = 100
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+BUDGET = ("epochs", "images", "size", "width", "batch", "settings")  # what runs of one table have in common
+COSTS = ("images/s", "peak memory, MiB", "minutes")
 console = Console()
 
 
@@ -84,6 +86,8 @@ class Run(Budget):
     settings: Settings = field(default_factory=Settings)
     searched: Path | None = None
     """Folder of a search; a method that it chose settings for takes them."""
+    results: Path = RESULTS / "study.csv"
+    """Gets the rows of each run that is done: one an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,17 @@ class Factors(Budget):
     """Runs of that start, which tell the noise."""
     seeds: int = 2
     """Runs of each change."""
-    results: Path = Path("docs/results/factors.csv")
+    results: Path = RESULTS / "factors.csv"
     """Gets a row for each run."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Gather what the runs wrote."""
+    """Rebuild the tables and the curves from the rows of all runs."""
 
     out: Path = Path("runs/study")
+    """Folder for table.md and the curves."""
+    results: Path = Run.results
 
 
 FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -161,7 +167,7 @@ def main(command: Run | Search | Factors | Table) -> None:
         elif isinstance(command, Factors):
             factors(command)
         else:
-            table(command.out)
+            table(command.out, command.results)
     except OutOfTimeError:
         console.print("Stopped at a checkpoint; the same command goes on from there.")
 
@@ -178,8 +184,28 @@ def run(config: Run) -> None:
     study = Study(config, train, test)
     for seed in config.seeds:
         for name in config.methods:
-            study.result(name, settings[name], seed, config.out / "runs" / f"{name}-{seed}")
-    table(config.out)
+            folder = config.out / "runs" / f"{name}-{seed}"
+            study.result(name, settings[name], seed, folder)
+            record(config, len(train.labels), name, seed, folder)
+    table(config.out, config.results)
+
+
+def record(config: Run, images: int, name: str, seed: int, folder: Path) -> None:
+    """Add a run's evaluations to the results, unless they are there."""
+    settings = str(config.searched or _difference(config.settings))
+    budget = (config.epochs, images, config.size, config.width, config.batch, settings)
+    key = {"method": name, "seed": seed, **dict(zip(BUDGET, budget, strict=True))}
+    there = {(row["method"], row["seed"], *(row[column] for column in BUDGET)) for row in read_rows(config.results)}
+    if tuple(map(str, key.values())) in there:
+        return
+    result = json.loads((folder / "result.json").read_text())
+    log = folder / "log.csv"
+    judged = [row for row in read_rows(log) if row[QUANTITIES[0]]] or [{"epoch": 0}]
+    rows: list[dict[str, Any]] = [
+        {**key, "epoch": row["epoch"], **{q: row.get(q) for q in QUANTITIES}, "linear": None} for row in judged
+    ]
+    rows[-1] |= {column: result.get(column) for column in (*QUANTITIES, "linear", *TARGETS, *COSTS)}
+    add_rows(config.results, rows)
 
 
 def search(config: Search) -> None:
@@ -230,7 +256,8 @@ def factors(config: Factors) -> None:
                 settings = replace(config.settings, **change)
                 result = study.result(config.method, settings, seed, folder, linear=False)
                 figures = {quantity: result[quantity] for quantity in (*QUANTITIES, *TARGETS, "images/s")}
-                add_row(config.results, {**key, "epochs": config.epochs, "images": len(study.train.labels), **figures})
+                row = {**key, "epochs": config.epochs, "images": len(study.train.labels), **figures}
+                add_rows(config.results, [row])
     factors_table(read_rows(config.results))
 
 
@@ -433,54 +460,72 @@ class Study:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
 
-def table(out: Path) -> None:
-    """Write table.md, results.csv and curves.png from what the runs wrote, and print the table.
+def table(out: Path, results: Path) -> None:
+    """Write table.md and curves from the rows of `results`, a table and a picture for each budget; print the former.
 
     Raises:
         FileNotFoundError: no run is done.
     """
-    results = [json.loads(path.read_text()) for path in sorted((out / "runs").glob("*/result.json"))]
-    if not results:
-        raise FileNotFoundError(f"{out / 'runs'} holds no result.json; `run` writes one when a run is done.")
-    runs = {name: [r for r in results if r["method"] == name] for name in (*BASELINES, *METHODS)}
-    runs = {name: of_method for name, of_method in runs.items() if of_method}
-    titles = BASELINES | {name: method.title for name, method in METHODS.items()}
-
-    accuracies, costs = [*QUANTITIES, "best 200 neighbours", "linear"], ["images/s", "peak memory, MiB", "minutes"]
-    rows = [["method", "seeds", *accuracies, *costs]]
-    for name, of_method in runs.items():
-        cells = [mean_and_spread([r.get(column) for r in of_method], 1) for column in accuracies]
-        cells += [mean_and_spread([r.get(column) for r in of_method], 0) for column in costs]
-        rows.append([titles[name], str(len(of_method)), *cells])
-    text = markdown(rows)
-    across = {r["seed"]: r for r in runs.get("across", [])}
-    rows = [["CGH beside", "seeds", *accuracies]]
-    for name in METHODS:
-        pairs = [(across[r["seed"]], r) for r in runs.get(name, []) if r["seed"] in across and name != "across"]
-        if pairs:
-            cells = [mean_and_spread([ours[c] - theirs[c] for ours, theirs in pairs], 1, "+") for c in accuracies]
-            rows.append([titles[name], str(len(pairs)), *cells])
-    if len(rows) > 1:
-        text += "\n" + markdown(rows)
+    rows = read_rows(results)
+    if not rows:
+        raise FileNotFoundError(f"{results} holds no rows; `run` writes them when a run is done.")
+    text = ""
+    for number, budget in enumerate(dict.fromkeys(tuple(row[column] for column in BUDGET) for row in rows)):
+        runs: dict[str, dict[str, list[dict[str, str]]]] = {name: {} for name in (*BASELINES, *METHODS)}
+        for row in rows:
+            if tuple(row[column] for column in BUDGET) == budget:
+                runs[row["method"]].setdefault(row["seed"], []).append(row)
+        runs = {name: of_method for name, of_method in runs.items() if of_method}
+        text += ", ".join(f"{c} {value}" for c, value in zip(BUDGET, budget, strict=True)) + "\n\n" + _tables(runs)
+        _draw(runs, out / f"curves{number or ''}.png")
     write(out / "table.md", text)
-    write(out / "results.csv", to_csv(results))
     console.print(text, soft_wrap=True, highlight=False)
 
-    curves = {}
+
+def _tables(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]) -> str:
+    """The methods' figures at the end of their runs, and what CGH has more than each, seed by seed."""
+    titles = BASELINES | {name: method.title for name, method in METHODS.items()}
+    columns = [*QUANTITIES, "best 200 neighbours", "linear"]
+
+    def figures(evaluations: Sequence[Mapping[str, str]]) -> dict[str, float | None]:
+        last = {column: float(value) if value else None for column, value in evaluations[-1].items() if column in known}
+        return last | {"best 200 neighbours": max(float(row["200 neighbours"]) for row in evaluations)}
+
+    known = {*columns, *COSTS}
+    at_end = {name: {seed: figures(e) for seed, e in of_method.items()} for name, of_method in runs.items()}
+    rows = [["method", "seeds", *columns, *COSTS]]
+    for name, of_method in at_end.items():
+        cells = [mean_and_spread([r.get(c) for r in of_method.values()], 1 if c in columns else 0) for c in rows[0][2:]]
+        rows.append([titles[name], str(len(of_method)), *cells])
+    text = markdown(rows) + "\n"
+    across = at_end.get("across", {})
+    rows = [["CGH less", "seeds", *columns]]
     for name in METHODS:
-        paths = [out / "runs" / f"{name}-{r['seed']}" / "log.csv" for r in runs.get(name, [])]
-        if paths:
-            curves[titles[name]] = _curves([list(csv.DictReader(path.open())) for path in paths])
-    if curves:
-        figure = plot.curves(curves)
-        for axes, quantity in zip(figure.axes, QUANTITIES, strict=True):
-            axes.set_xlabel("epoch")
-            for name in BASELINES.keys() & runs:
-                level = statistics.mean(r[quantity] for r in runs[name])
-                axes.axhline(level, color=plot.QUIET, linestyle=":")
-                place = axes.get_yaxis_transform()
-                axes.text(0.99, level, BASELINES[name], ha="right", va="bottom", color=plot.QUIET, transform=place)
-        plot.save(figure, out / "curves.png")
+        seeds = [seed for seed in at_end.get(name, {}) if seed in across and name != "across"]
+        if seeds:
+            gains = [[_less(across[seed][c], at_end[name][seed][c]) for seed in seeds] for c in columns]
+            rows.append([titles[name], str(len(seeds)), *(mean_and_spread(gain, 1, "+") for gain in gains)])
+    return text + (markdown(rows) + "\n" if len(rows) > 1 else "")
+
+
+def _less(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _draw(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]], path: Path) -> None:
+    """Draw the neighbours' accuracy by epoch, the mean over seeds, above lines for the baselines."""
+    curves = {METHODS[name].title: _curves([*runs[name].values()]) for name in METHODS if name in runs}
+    if not curves:
+        return
+    figure = plot.curves(curves)
+    for axes, quantity in zip(figure.axes, QUANTITIES, strict=True):
+        axes.set_xlabel("epoch")
+        for name in [baseline for baseline in BASELINES if baseline in runs]:
+            level = statistics.mean(float(evaluations[-1][quantity]) for evaluations in runs[name].values())
+            axes.axhline(level, color=plot.QUIET, linestyle=":")
+            place = axes.get_yaxis_transform()
+            axes.text(0.99, level, BASELINES[name], ha="right", va="bottom", color=plot.QUIET, transform=place)
+    plot.save(figure, path)
 
 
 def write(path: Path, text: str) -> None:
@@ -491,14 +536,22 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _curves(logs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(runs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
     """The neighbours' accuracy by epoch, the mean over seeds."""
-    curves = {}
-    for quantity in QUANTITIES:
-        judged = [[row for row in log if row[quantity]] for log in logs]
-        means = [statistics.mean(float(row[quantity]) for row in rows) for rows in zip(*judged, strict=True)]
-        curves[f"{quantity}, %"] = ([int(row["epoch"]) for row in judged[0]], means)
-    return curves
+    epochs = [int(row["epoch"]) for row in runs[0]]
+    return {
+        f"{quantity}, %": (
+            epochs,
+            [statistics.mean(float(row[quantity]) for row in rows) for rows in zip(*runs, strict=True)],
+        )
+        for quantity in QUANTITIES
+    }
+
+
+def _difference(settings: Settings) -> str:
+    """What differs from the defaults, in words."""
+    pairs = asdict(settings).items() - asdict(Settings()).items()
+    return ", ".join(f"{key} {' '.join(x) if isinstance(x, tuple) else x}" for key, x in sorted(pairs)) or "default"
 
 
 def _summary(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
