@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,58 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> di
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; a checkpoint is a dictionary.")
     return state
+
+
+class Writer:
+    """Writes states while the training goes on: `save` copies one to the host's memory, and a thread writes it.
+
+    One is written at a time. What goes wrong in the thread is raised by the next `save`, or by `wait`.
+
+    Args:
+        write: what the thread does with a copy, such as `functools.partial(checkpoint.save, path=path)`.
+
+    Example:
+        >>> import functools, tempfile, torch
+        >>> from cgh import checkpoint
+        >>> path = tempfile.mkdtemp() + "/run.pt"
+        >>> writer = checkpoint.Writer(functools.partial(checkpoint.save, path=path))
+        >>> weight = torch.ones(2)
+        >>> writer.save({"weight": weight})
+        >>> _ = weight.zero_()
+        >>> writer.wait()
+        >>> checkpoint.load(path)["weight"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], None]) -> None:
+        self._write = write
+        self._thread = ThreadPoolExecutor(1)  # which Python waits for when it ends
+        self._written: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` and have it written; wait for the one before, and raise what went wrong with it."""
+        self.wait()
+        copied = _copy(dict(state))
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies do not wait for one another
+        self._written = self._thread.submit(self._write, copied)
+
+    def wait(self) -> None:
+        """Return when the last state is written, or raise what went wrong."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+
+def _copy(value: Any) -> Any:
+    """A state on the host that later steps do not change, its tensors on the way there."""
+    if isinstance(value, torch.Tensor):
+        copied = torch.empty_like(value.detach(), device="cpu", pin_memory=value.is_cuda)
+        return copied.copy_(value.detach(), non_blocking=value.is_cuda)
+    if isinstance(value, dict):
+        mapping = copy.copy(value)  # with the versions that a state_dict carries as an attribute
+        mapping.update((key, _copy(x)) for key, x in value.items())
+        return mapping
+    if type(value) in (list, tuple):
+        return type(value)(_copy(x) for x in value)
+    return copy.copy(value)

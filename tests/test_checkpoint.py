@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import resource
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +79,43 @@ def test_what_is_not_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         checkpoint.load(path)
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "missing.pt")
+
+
+def test_a_state_is_written_as_it_was_while_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    model = torch.nn.BatchNorm2d(4).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 4, 3, 3)).square().sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": [{"loss": (1.5, None)}]}
+    checkpoint.save(state, path)
+    expected = checkpoint.load(path)
+
+    started, go = threading.Event(), threading.Event()
+
+    def write(copied: Mapping[str, Any]) -> None:
+        started.set()
+        go.wait()
+        checkpoint.save(copied, tmp_path / "behind.pt")
+
+    writer = checkpoint.Writer(write)
+    writer.save(state)
+    started.wait()
+    optimizer.step()
+    state["log"][0]["loss"] = None
+    go.set()
+    writer.wait()
+    found = checkpoint.load(tmp_path / "behind.pt")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found["model"]._metadata == expected["model"]._metadata
+    assert not torch.equal(found["model"]["weight"], model.weight)
+
+
+def test_what_went_wrong_while_writing_is_raised_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    writer = checkpoint.Writer(functools.partial(checkpoint.save, path=tmp_path / "file" / "run.pt"))
+    for again in (lambda: writer.save({"epoch": 2}), writer.wait):
+        writer.save({"epoch": 1})
+        with pytest.raises(OSError, match="file"):
+            again()
+    writer.wait()  # and once

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from evaluation import normalise, plain
 from log import Clock, Log, read
 from method import Method, parse, spelled
 from plot import draw
-from run import PRECISIONS, Run, Stop, check_same, join, write_json
+from run import PRECISIONS, Run, Stop, check_same, effective, join, write_json
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
@@ -117,8 +118,8 @@ class Recipe:
     """Of SGD and LARS; of AdamW, of the gradient's mean."""
     weight_decay: float = 1e-4
     """Of the weights of linear layers and convolutions, and of nothing else."""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """What autocast computes the networks in; fp16 scales the loss."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """What autocast computes the networks in; auto is bf16 on a GPU that has it, else float32; fp16 scales the loss."""
     seed: int = 0
     """Decides the initial weights and memory, the order of the images and their augmentation."""
 
@@ -133,10 +134,10 @@ class Config(Recipe):
     """auto: a GPU where there is one."""
     workers: int = 8
     """Processes that load images, on each rank."""
-    channels_last: bool = False
-    """Lay images and weights out channels last, as tensor cores like them."""
-    compile: bool = False
-    """Compile student and teacher with torch.compile."""
+    channels_last: bool = torch.cuda.is_available()
+    """Lay images and weights out channels last, as tensor cores like them; by default where there is a GPU."""
+    compile: bool = torch.cuda.is_available() and find_spec("triton") is not None
+    """Compile student and teacher with torch.compile; by default where there is a GPU, and Triton to compile for it."""
     deterministic: bool = False
     """Bit-identical weights on a GPU too, for some of its speed."""
     checkpoint_minutes: float = 10
@@ -163,6 +164,7 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = join(config.device)
+        config.precision = effective(config.precision, self.device)  # so that the run's files say it
         self.rank, self.world_size = cgh.distributed.rank_and_world_size()
         if config.batch % self.world_size:
             raise ValueError(
@@ -221,7 +223,7 @@ class Pretraining:
         if not get_total_norm(self.model.student.parameters()).isfinite():
             raise FloatingPointError(f"after step {self.step} the student's weights are not finite. {REMEDY}")
         if self.log:
-            self.run.save(
+            self.run.behind.save(
                 {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -322,7 +324,8 @@ class Pretraining:
         self.clock.restart()
 
     def close(self, finished: bool) -> None:
-        """Draw the curves, at the end, and say how the run ended."""
+        """Wait for the last checkpoint, draw the curves, at the end, and say how the run ended."""
+        self.run.behind.wait()
         if self.batches.bad_images:
             print(f"rank {self.rank} left out {self.batches.bad_images} images that cannot be decoded", flush=True)
         if self.log:
@@ -427,21 +430,22 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer
     weights = [p for name, p in student.named_parameters() if decays[name]]
     others = [p for name, p in student.named_parameters() if not decays[name]]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = True if weights[0].is_cuda else None  # one launch, and no wait for the device where fp16 scales the loss
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
     if config.optimizer == "lars":  # timm's leaves what does not decay to plain SGD, as LARS's authors do
         lars: torch.optim.Optimizer = require("timm.optim", extra="timm").Lars(
             groups, lr=config.lr, momentum=config.momentum
         )
         return lars
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
 
 
 def wrap(model: cgh.CGH, config: Config) -> nn.Module:
     """Return what is called in a step: compiled if asked for, and with gradients averaged over ranks."""
     if config.compile:
-        model.student.compile()
-        model.teacher.encoder.compile()
+        model.student.compile(dynamic=False)  # each side of multi-crop's views by itself
+        model.teacher.encoder.compile(dynamic=False)
     _, world_size = cgh.distributed.rank_and_world_size()
     if world_size == 1:
         return model
@@ -463,7 +467,13 @@ def load_views(config: Config, rank: int, world_size: int, device: torch.device)
         crops = T.Compose([crops, views.Colour(blur=config.blur)])
     batch = config.batch // world_size
     batches = Batches(config.data, crops, batch, config.seed, rank, world_size, config.workers)
-    return batches, views.Augmentation(colour=not in_workers, blur=config.blur).to(device)
+    augment = views.Augmentation(
+        colour=not in_workers,
+        blur=config.blur,
+        dtype=PRECISIONS[config.precision] or torch.float32,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+    )
+    return batches, augment.to(device)
 
 
 def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple[Tensor, int]]:

@@ -22,6 +22,14 @@ import cgh
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def effective(precision: str, device: torch.device) -> str:
+    """Return the precision that "auto" stands for: bf16 on a GPU that computes in it, float32 elsewhere."""
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "float32"
+
+
 def join(device: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return the device of this one.
 
@@ -70,6 +78,8 @@ class Run:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.pt"
         self.previous = folder / "checkpoint-previous.pt"
+        self.behind = cgh.checkpoint.Writer(self.save)
+        """Writes checkpoints while the run goes on."""
         self.broken: list[str] = []  # why the last checkpoint cannot be read, if it cannot
         folder.mkdir(parents=True, exist_ok=True)
 
