@@ -115,12 +115,12 @@ def embed(model: cgh.CGH, images: Tensor) -> tuple[Tensor, Tensor]:
     return features.pooled, z["global"]
 
 
-def accuracies(features: Tensor, labels: Tensor) -> tuple[float, float]:
+def accuracies(features: Tensor, labels: Tensor, train: int = TRAIN) -> tuple[float, float]:
     """Return, in percent, how often 20 neighbours are right, and the nearest class mean of five labels a class."""
-    x, test, y, truth = features[:TRAIN], features[TRAIN:], labels[:TRAIN], labels[TRAIN:]
+    (x, test), (y, truth) = (each.tensor_split([train]) for each in (features, labels))
     hits, generator = [], torch.Generator().manual_seed(0)
     for _ in range(10):  # draws of the labels
-        drawn = torch.randperm(TRAIN, generator=generator)
+        drawn = torch.randperm(train, generator=generator)
         means = [F.normalize(x[drawn[y[drawn] == digit][:5]], dim=1).mean(dim=0) for digit in range(10)]
         nearest = (test @ F.normalize(torch.stack(means), dim=1).T).argmax(dim=1)
         hits.append((nearest == truth).double().mean().item())

@@ -2,6 +2,7 @@
 
 python examples/study/digits.py run        # every method with every seed, on the CPU; then the table and the picture
 python examples/study/digits.py table      # both again, from the rows that are there
+python examples/study/digits.py factors    # one setting changed at a time, judged by training images held out
 
 The quickstart's digits, network, views, optimiser and settings; the methods of the study. A finished run is a row of
 docs/results/digits.csv, and is not repeated.
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 import tyro
-from methods import METHODS, Learner, Settings
+from factors import factors_table, measure
+from methods import METHODS, TARGETS, Learner, Settings
 from results import add_rows, commit, markdown, mean_and_spread, read_rows
 from rich.console import Console
 from rich.progress import track
@@ -28,11 +30,12 @@ from cgh import diagnostics, plot
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from quickstart import BATCH, STEPS, TRAIN, accuracies, digits, network, strong_view, weak_view  # noqa: E402
+from quickstart import BATCH, TRAIN, accuracies, digits, network, strong_view, weak_view  # noqa: E402
 
 SETTINGS = Settings(momentum=0.98, memory_size=2048, warmup=0.25, hidden=256)  # the quickstart's
 QUANTITIES = ("20 neighbours", "five labels a class")
-TARGETS = ("entropy global", "entropy hypercolumn", "agreement", "rank")
+HELD_OUT = 300  # training images that judge `factors`, which never opens the test images
+RESULTS = HERE.parents[1] / "docs" / "results"
 console = Console()
 
 
@@ -43,9 +46,23 @@ class Run:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 80
-    results: Path = HERE.parents[1] / "docs" / "results" / "digits.csv"
+    results: Path = RESULTS / "digits.csv"
     """Gets a row for each run."""
     picture: Path = HERE.parents[1] / "docs" / "images" / "digits-methods.png"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Change one setting at a time, judged by training images that are not trained on."""
+
+    method: str = "across"
+    noise_seeds: int = 5
+    """Runs of the quickstart's settings, which tell the noise."""
+    seeds: int = 2
+    """Runs of each change."""
+    epochs: int = 80
+    results: Path = RESULTS / "digits-factors.csv"
+    """Gets a row for each run."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,11 @@ class Table:
     picture: Path = Run.picture
 
 
-def main(command: Run | Table) -> None:
+def main(command: Run | Factors | Table) -> None:
     """Do what the command line says."""
+    if isinstance(command, Factors):
+        factors(command)
+        return
     if isinstance(command, Run):
         commit()  # that which runs, whatever is committed until the last row
         done = {(row["method"], row["seed"], row["epochs"]) for row in read_rows(command.results)}
@@ -70,19 +90,35 @@ def main(command: Run | Table) -> None:
     table(read_rows(command.results), command.picture)
 
 
-def train(name: str, seed: int, epochs: int) -> dict[str, float | None]:
+def factors(command: Factors) -> None:
+    """Judge one change at a time by training images that no run trains on."""
+
+    def judge(settings: Settings, _: str, seed: int) -> dict[str, Any]:
+        figures = train(command.method, seed, command.epochs, settings, held_out=HELD_OUT)
+        return {"epochs": command.epochs, **figures}
+
+    measure(command.results, command.method, SETTINGS, command.noise_seeds, command.seeds, judge)
+    print(factors_table(read_rows(command.results), *QUANTITIES[::-1]))
+
+
+def train(
+    name: str, seed: int, epochs: int, settings: Settings = SETTINGS, held_out: int = 0
+) -> dict[str, float | None]:
     """Return how good the embeddings are that a method learns, and what its teacher's relations are like."""
     images, labels = digits()
+    if held_out:
+        images, labels = images[:TRAIN], labels[:TRAIN]
+    count = TRAIN - held_out
     torch.manual_seed(seed)
-    steps = epochs * STEPS
+    steps = epochs * (count // BATCH)
     backbone = network()
-    learner = Learner(METHODS[name], SETTINGS, steps, backbone, (1, 32, 32), dim=64, seed=seed)
+    learner = Learner(METHODS[name], settings, steps, backbone, (1, 32, 32), dim=64, seed=seed)
     schedule = cgh.LearningRate(base=3e-3, steps=steps, warmup_steps=steps // 20)
     optimizer = torch.optim.AdamW(learner.student.parameters(), weight_decay=1e-4)
     torch.manual_seed(seed)  # every method sees the same views
     start, step = time.monotonic(), 0
     for _ in track(range(epochs), f"{name}-{seed}", console=console, disable=not console.is_terminal):
-        for batch in torch.randperm(TRAIN).split(BATCH)[:STEPS]:
+        for batch in torch.randperm(count).split(BATCH)[: count // BATCH]:
             optimizer.param_groups[0]["lr"] = schedule(step)
             loss, teacher = learner(strong_view(images[batch]), weak_view(images[batch]), step)
             optimizer.zero_grad()
@@ -91,21 +127,21 @@ def train(name: str, seed: int, epochs: int) -> dict[str, float | None]:
             learner.update(teacher)
             step += 1
     seconds = time.monotonic() - start
-    targets = learner.targets(images[:TRAIN])
+    targets = learner.targets(images[:count])
     with torch.no_grad():
         learner.student.eval()
         features = learner.student.extractor(images)
         z = learner.student.project(features, contexts=["global"])["global"]
-    figures: dict[str, float | None] = dict(zip(QUANTITIES, accuracies(z, labels), strict=True))
-    pooled = {f"{q}, pooled": x for q, x in zip(QUANTITIES, accuracies(features.pooled, labels), strict=True)}
-    rank = diagnostics.effective_rank(features.pooled[:TRAIN]).item()
+    figures: dict[str, float | None] = dict(zip(QUANTITIES, accuracies(z, labels, count), strict=True))
+    pooled = {f"{q}, pooled": x for q, x in zip(QUANTITIES, accuracies(features.pooled, labels, count), strict=True)}
+    rank = diagnostics.effective_rank(features.pooled[:count]).item()
     figures |= pooled | {name: targets.get(name) for name in TARGETS} | {"rank": rank}
     return figures | {"images/s": steps * BATCH / seconds}
 
 
 def table(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
     """Print means and spreads over the seeds, and what CGH has more than each, seed by seed; draw the former."""
-    columns = (*QUANTITIES, *(f"{q}, pooled" for q in QUANTITIES), *TARGETS)
+    columns = (*QUANTITIES, *(f"{q}, pooled" for q in QUANTITIES), *TARGETS, "rank")
     runs = {n: {r["seed"]: r for r in rows if r["method"] == n} for n in METHODS if any(r["method"] == n for r in rows)}
     if not runs:
         sys.exit("there are no runs yet; `run` makes them.")
@@ -145,4 +181,4 @@ def draw(runs: Mapping[str, Mapping[str, Mapping[str, str]]], picture: Path) -> 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Run | Table, description=(__doc__ or "").splitlines()[0]))
+    main(tyro.cli(Run | Factors | Table, description=(__doc__ or "").splitlines()[0]))

@@ -16,6 +16,8 @@ import cgh
 from cgh import diagnostics
 
 TWO = {"hypercolumn": ("layer3", "layer4")}
+TARGETS = ("entropy global", "entropy hypercolumn", "agreement")
+"""What `Learner.targets` tells of a method with a global context and one hypercolumn."""
 THREE = {"shallow": ("layer1", "layer2"), "deep": ("layer3", "layer4")}
 
 

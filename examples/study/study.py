@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 import tyro
+from factors import factors_table, measure
 from images import Images, load
-from methods import METHODS, Learner, Method, Settings, resnet18
-from results import add_rows, commit, markdown, mean_and_spread, read_rows, to_csv
+from methods import METHODS, TARGETS, Learner, Method, Settings, resnet18
+from results import add_rows, markdown, mean_and_spread, read_rows, to_csv
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
@@ -37,7 +38,6 @@ BASELINES = {"pixels": "pixels", "untrained": "untrained network"}
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's training images
 NEIGHBOURS = (20, 200)
 QUANTITIES = tuple(f"{k} neighbours" for k in NEIGHBOURS)
-TARGETS = ("entropy global", "entropy hypercolumn", "agreement")  # of the teacher's relations
 HELD_OUT = 10  # one training image of so many is what a search judges by, and never trains on
 PROBE_EPOCHS = 100
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -136,23 +136,6 @@ class Table:
     results: Path = Run.results
 
 
-FACTORS: dict[str, tuple[dict[str, Any], ...]] = {
-    "target of the hypercolumn": ({"teacher_hypercolumn": 0.08}, {"teacher_hypercolumn": 0.04}),
-    "target of the global context": ({"teacher_global": 0.04}, {"teacher_global": 0.08}),
-    "the paper's temperatures": (
-        {"student_global": 0.1, "student_hypercolumn": 0.08, "teacher_global": 0.04, "teacher_hypercolumn": 0.08},
-    ),
-    "student's temperatures": tuple({"student_global": x, "student_hypercolumn": x} for x in (0.07, 0.15)),
-    "warm-up, share of the steps": tuple({"warmup": x} for x in (0.1, 0.25, 0.75)),
-    "teacher's momentum": ({"momentum": 0.98}, {"momentum": 0.996}, {"momentum_end": 1.0}),
-    "layers": tuple({"layers": x} for x in (("layer4",), ("layer2", "layer3", "layer4"), ("layer2", "layer4"))),
-    "width inside the heads": ({"hidden": 128}, {"hidden": 2048}),
-    "both views by turns": ({"symmetric": True},),
-    "rows of the memory": ({"memory_size": 1024}, {"memory_size": 16384}),
-}
-"""What `factors` changes, each from the same start."""
-
-
 class OutOfTimeError(Exception):
     """The minutes are over; all is saved."""
 
@@ -239,54 +222,17 @@ def factors(config: Factors) -> None:
     difference has to exceed. What has a row is not repeated.
     """
     _check_methods([config.method], METHODS)
-    commit()  # that which runs, whatever is committed until the last row
     images = load(config.root, "train", config.size, config.out / "images")
     study = Study(config, *hold_out(images, config.images))
-    trials: list[tuple[str, dict[str, Any], int]] = [("start", {}, config.noise_seeds)]
-    for factor, changes in FACTORS.items():
-        kept = [c for c in changes if replace(config.settings, **c) != config.settings]
-        trials += [(factor, change, config.seeds) for change in kept]
-    for factor, change, seeds in trials:
-        words = [f"{key} {' '.join(x) if isinstance(x, tuple) else x}" for key, x in change.items()]
-        name = ", ".join(words) or "start"
-        for seed in range(seeds):
-            key = {"method": config.method, "factor": factor, "change": name, "seed": str(seed)}
-            if not any(key.items() <= row.items() for row in read_rows(config.results)):
-                folder = config.out / "factors" / f"{config.method}-{name}-{seed}".replace(" ", "-")
-                settings = replace(config.settings, **change)
-                result = study.result(config.method, settings, seed, folder, linear=False)
-                figures = {quantity: result[quantity] for quantity in (*QUANTITIES, *TARGETS, "images/s")}
-                row = {**key, "epochs": config.epochs, "images": len(study.train.labels), **figures}
-                add_rows(config.results, [row])
-    factors_table(read_rows(config.results))
 
+    def judge(settings: Settings, change: str, seed: int) -> dict[str, Any]:
+        folder = config.out / "factors" / f"{config.method}-{change}-{seed}".replace(" ", "-")
+        result = study.result(config.method, settings, seed, folder, linear=False)
+        figures = {quantity: result[quantity] for quantity in (*QUANTITIES, *TARGETS, "images/s")}
+        return {"epochs": config.epochs, "images": len(study.train.labels), **figures}
 
-def factors_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print what each change gives, beside the start with the same seeds, and whether it exceeds the noise.
-
-    The noise of a difference of means over `n` seeds is the start's standard deviation times `sqrt(2 / n)`; a change
-    counts as one that moved where its difference is more than twice that.
-    """
-    figures = (*QUANTITIES, *TARGETS)
-    for method in dict.fromkeys(row["method"] for row in rows):
-        changes: dict[tuple[str, str], dict[str, Mapping[str, str]]] = {}
-        for row in rows:
-            if row["method"] == method:
-                changes.setdefault((row["factor"], row["change"]), {})[row["seed"]] = row
-        start = changes["start", "start"]
-        judged = {seed: float(row[QUANTITIES[0]]) for seed, row in start.items()}
-        noise = statistics.stdev(judged.values()) if len(judged) > 1 else math.nan
-        cells = [[METHODS[method].title, "change", "seeds", *figures, "less the start", "moved"]]
-        for (factor, change), runs in changes.items():
-            values = [
-                mean_and_spread([float(r[f]) for r in runs.values() if r[f]], 1 + (f in TARGETS)) for f in figures
-            ]
-            gains = [float(row[QUANTITIES[0]]) - judged[seed] for seed, row in runs.items() if seed in judged]
-            gain = statistics.mean(gains)
-            verdict = "yes" if abs(gain) > 2 * noise * math.sqrt(2 / len(gains)) else "no"
-            end = ["", f"(noise {noise:.1f})"] if factor == "start" else [f"{gain:+.1f}", verdict]
-            cells.append([factor, change, str(len(runs)), *values, *end])
-        console.print(markdown(cells), soft_wrap=True, highlight=False)
+    measure(config.results, config.method, config.settings, config.noise_seeds, config.seeds, judge)
+    console.print(factors_table(read_rows(config.results), *QUANTITIES), soft_wrap=True, highlight=False)
 
 
 def hold_out(images: Images, count: int | None) -> tuple[Images, Images]:

@@ -264,10 +264,9 @@ def test_a_finished_run_has_its_rows_once(study: ModuleType, tmp_path: Path) -> 
     assert [row["seed"] for row in csv.DictReader(results.open())] == ["0", "1"]
 
 
-def test_factors_are_told_from_the_noise(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(study, "FACTORS", {"layers": ({"layers": ("layer4",)}, {"layers": ("layer3", "layer4")})})
+def test_factors_are_told_from_the_noise(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = importlib.import_module("factors")
+    monkeypatch.setattr(factors, "FACTORS", {"layers": ({"layers": ("layer4",)}, {"layers": ("layer3", "layer4")})})
     root, results = make_images(tmp_path / "images", "train"), tmp_path / "factors.csv"
     small = options(study, root, tmp_path / "out", epochs=1)
     command = study.Factors(results=results, noise_seeds=2, seeds=1, **small)
@@ -278,28 +277,27 @@ def test_factors_are_told_from_the_noise(
     study.main(command)
     assert results.read_text() == text
 
-    capsys.readouterr()
     judged = {
         ("start", "start"): (40.0, 41.0, 42.0),
         ("layers", "more"): (45.0, 46.0),
         ("layers", "less"): (41.0, 42.0),
     }
-    study.factors_table(
+    text = factors.factors_table(
         [
             {
                 "method": "across",
                 "factor": factor,
                 "change": change,
                 "seed": str(seed),
-                **dict.fromkeys(study.TARGETS, ""),
+                **dict.fromkeys(factors.TARGETS, ""),
             }
             | {"20 neighbours": str(x), "200 neighbours": str(x)}
             for (factor, change), values in judged.items()
             for seed, x in enumerate(values)
-        ]
+        ],
+        "20 neighbours",
     )
     # The noise is 1.0, and so is that of a difference over two seeds; a change has moved where it exceeds 2.0.
-    text = capsys.readouterr().out
     assert "(noise 1.0)" in text
     assert "| +5.0 | yes |" in text
     assert "| +1.0 | no |" in text
