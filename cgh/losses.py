@@ -20,7 +20,7 @@ from cgh.contexts import (
     check_same_device,
     check_temperature,
 )
-from cgh.streaming import Query, Relation, stream
+from cgh.streaming import Query, Relation, cross_entropy, keeps, stream
 
 STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
 TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
@@ -109,6 +109,14 @@ class CrossContextLoss(nn.Module):
             )
             for name in guides
         ]
+        if len(pairs) == len(learners) == len(guides) and all(
+            keeps(student, teacher, memory) for student, teacher in zip(students, teachers, strict=True)
+        ):
+            # Learners and guides come in the order of the pairs, and each is in one pair alone.
+            return {
+                pair: cross_entropy(student, teacher, memory).mean()
+                for pair, student, teacher in zip(pairs, students, teachers, strict=True)
+            }
         relations = stream(memory, [*students, *teachers])
         student = dict(zip(learners, relations[: len(learners)], strict=True))
         teacher = dict(zip(guides, relations[len(learners) :], strict=True))

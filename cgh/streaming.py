@@ -6,8 +6,9 @@ With logits `s_j = z . M_j / temperature`, a loss on relations needs only two th
     CE(p | t) = -sum_j t_j log p_j = log sum_j exp(s_j) - z . (sum_j t_j M_j) / temperature,
 
 so the mean row under the teacher's relation gives the value, and together with the mean row under the student's the
-gradient `(sum_j p_j M_j - sum_j t_j M_j) / temperature`. Both are running sums, rescaled whenever a row's largest logit
-grows, so that no exponential overflows.
+gradient `(sum_j p_j M_j - sum_j t_j M_j) / temperature`. Both are running sums. Where the lengths of the rows leave
+`|s_j|` small, as unit rows do, their exponentials are added up as they are; elsewhere the sums are rescaled whenever a
+row's largest logit grows. No exponential overflows either way.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ from typing_extensions import override
 
 from cgh.contexts import Banks
 
-BUFFER = {"torch": 2 * 2**20, "triton": 8 * 2**20}
+BUFFER = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 """Logits of all queries that are held at a time: on a CPU 8 MB of float32, which stay in its cache; on CUDA more, so
 that fewer kernels are launched."""
 
 MIN_CHUNK = 1024
 """Rows of a bank are read in multiples of it: fewer at a time, and rescaling the sums costs more than the products; odd
 numbers of them, and a GPU multiplies slowly."""
+
+LARGEST = 60.0
+"""Logits up to it need no maximum taken off: a million exponentials of it are within float32, and so is that of its
+negative."""
+
+KEPT = 4 * 2**20
+"""Relations of one pair, student's and teacher's, that are few enough to be held on a CPU, see `keeps`."""
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -154,12 +162,6 @@ def _stream(
 
     Query `i` is compared with `banks[reads[i]]`. `how` is a `backend`; `products` is the dtype of the matrix products.
     """
-    if how == "triton":
-        from cgh import kernels
-
-        step = kernels.exponentiate
-    else:
-        step = exponentiate
     # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
     readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
     order = [number for numbers in readers for number in numbers]
@@ -174,8 +176,13 @@ def _stream(
         for bank, numbers in enumerate(readers)
         if numbers
     ]
-    size = len(banks[0])
-    chunk = min(size, max(1, BUFFER[how] // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
+    step = exponentiate
+    if how == "triton":
+        from cgh import kernels
+
+        step = kernels.exponentiate
+    size, device = len(banks[0]), queries[0].device.type
+    chunk = min(size, max(1, BUFFER.get(device, BUFFER["cpu"]) // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
     buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
     maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
     total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
@@ -185,21 +192,38 @@ def _stream(
         start, widths[source] = widths[source], widths[source] + banks[target].shape[1]
         places.append((spans[source], slice(start, widths[source])))
     sums = queries[0].new_zeros(ends[-1], max(widths))
-    added = torch.zeros_like(sums)
+    # Lengths are compared on the host, which must not wait for a GPU.
+    small = device == "cpu"
 
     for start in range(0, size, chunk):
         rows = [bank[start : start + chunk].to(products) for bank in banks]
+        shifts = [None if centre is None else centre[start : start + chunk] for centre in centres]
         weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
+        small = small and all(
+            _largest(stacked, rows[bank], [shifts[number] for number in readers[bank]]) <= LARGEST
+            for bank, _, stacked in blocks
+        )
+        if start == 0 and small:
+            maximum.zero_()
         for bank, span, stacked in blocks:
             logits = weights[span] if products == total.dtype else torch.empty_like(weights[span], dtype=total.dtype)
             _multiply(stacked, rows[bank].T, out=logits)
             for number in readers[bank]:
-                if (centre := centres[number]) is not None:
-                    logits[spans[number].start - span.start :][: len(queries[number])] -= centre[start : start + chunk]
-            step(logits, maximum[span], total[span], shrink[span], weights[span])
+                if (shift := shifts[number]) is not None:
+                    logits[spans[number].start - span.start :][: len(queries[number])] -= shift
+            if small:
+                total[span] += logits.exp_().sum(dim=1, keepdim=True)
+            else:
+                step(logits, maximum[span], total[span], shrink[span], weights[span])
+        if not small:
+            sums *= shrink
         for target, place in zip(targets, places, strict=True):
-            _multiply(weights[place[0]], rows[target], out=added[place])
-        torch.addcmul(added, sums, shrink, out=sums)
+            if products == sums.dtype:
+                sums[place].addmm_(weights[place[0]], rows[target])
+            else:
+                added = torch.empty_like(sums[place])
+                _multiply(weights[place[0]], rows[target], out=added)
+                sums[place] += added
         del rows  # before the next are converted: one chunk of the banks at a time
 
     logsumexp = (maximum + total.log()).squeeze(1)
@@ -223,6 +247,12 @@ def _(
     return [query.new_empty(len(query)) for query in queries] + [
         queries[s].new_empty(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)
     ]
+
+
+def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> float:
+    """Return what no `|rows . bank - shift|` exceeds."""
+    bound = torch.linalg.vector_norm(rows, dim=1).max() * torch.linalg.vector_norm(bank, dim=1).max()
+    return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
 
 
 def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor, weights: Tensor) -> None:
@@ -250,6 +280,57 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def keeps(student: Query, teacher: Query, memory: Banks) -> bool:
+    """Return whether `cross_entropy` is the faster way for a pair: on a CPU, with relations few enough to be held."""
+    z, t = student.embeddings, teacher.embeddings
+    return z.device.type == "cpu" and (len(z) + len(t)) * len(memory[student.bank]) <= KEPT
+
+
+@torch.no_grad()
+def _cross_entropy(
+    rows: Tensor, targets: Tensor, bank: Tensor, target_bank: Tensor, centre: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return `CE(p | t)` of each of `rows` `(V * N, D)` and its gradient, for `targets` `(N, E)`; both are scaled."""
+    logits = targets @ target_bank.to(targets.dtype).T
+    if centre is not None:
+        logits -= centre
+    target = logits.softmax(dim=1)
+    bank = bank.to(rows.dtype)
+    relation = (rows @ bank.T).log_softmax(dim=1).unflatten(0, (-1, len(target)))
+    value = -torch.sum(relation * target, dim=-1)
+    return value.flatten(), relation.exp_().sub_(target).flatten(0, 1) @ bank
+
+
+def cross_entropy(student: Query, teacher: Query, memory: Banks) -> Tensor:
+    """Return `CE(p | t)` of each of the student's rows, `(V * N,)`, holding their relations until the gradient is known.
+
+    It takes six products of `(N, D)` and `(D, K)` matrices for two pairs, where `stream` takes eight.
+
+    Args:
+        student: embeddings `(V * N, D)` of `V` views.
+        teacher: embeddings `(N, E)`.
+        memory: banks `(K, D)` and `(K, E)`.
+
+    Example:
+        >>> import torch
+        >>> from cgh.streaming import Query, cross_entropy
+        >>> z, t, bank = torch.randn(8, 6), torch.randn(4, 6), torch.randn(100, 6)
+        >>> cross_entropy(Query(z, "global", 0.1), Query(t, "global", 0.04), {"global": bank}).shape
+        torch.Size([8])
+    """
+    dtype = torch.promote_types(torch.promote_types(student.embeddings.dtype, teacher.embeddings.dtype), torch.float32)
+    rows = student.embeddings.to(dtype) / student.temperature
+    with torch.autocast(rows.device.type, enabled=False):
+        value, gradient = _cross_entropy(
+            rows.detach(),
+            teacher.embeddings.detach().to(dtype) / teacher.temperature,
+            memory[student.bank].detach(),
+            memory[teacher.bank].detach(),
+            None if teacher.centre is None else teacher.centre.detach() / teacher.temperature,
+        )
+    return _Attach.apply(rows, value, gradient)
+
+
 class _Attach(torch.autograd.Function):
     """A value with the gradient that was computed along with it, or None if nothing was to be differentiated."""
 
@@ -266,7 +347,9 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, gradient = ctx.saved_tensors
-        return _Once.apply(grad.unsqueeze(1) * gradient, rows), None, None
+        gradient = grad.unsqueeze(1) * gradient
+        # Applying a function costs more than a small product: only where the gradient is recorded.
+        return _Once.apply(gradient, rows) if torch.is_grad_enabled() else gradient, None, None
 
 
 class _Once(torch.autograd.Function):

@@ -19,12 +19,13 @@ DIMS = {"global": 12, "hypercolumn": 7, "third": 5}
 Inputs = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
-@pytest.fixture(params=[7, 1024], ids=["many chunks", "one chunk"])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Rows of a bank read at a time."""
-    monkeypatch.setattr(streaming, "BUFFER", {"torch": 1})
-    monkeypatch.setattr(streaming, "MIN_CHUNK", request.param)
-    return request.param
+@pytest.fixture(params=[7, 1024, None], ids=["many chunks", "one chunk", "kept"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a bank read at a time; None holds the relations, where they are few."""
+    monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
+    if request.param:
+        monkeypatch.setattr(streaming, "KEPT", 0)
+        monkeypatch.setattr(streaming, "MIN_CHUNK", request.param)
 
 
 def inputs(
@@ -187,14 +188,40 @@ def test_large_embeddings_do_not_overflow() -> None:
 
 
 def test_a_later_chunk_may_hold_the_largest_logit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "BUFFER", {"torch": 1})
+    monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 10)
+    monkeypatch.setattr(streaming, "KEPT", 0)
     z, t, memory = inputs(size=40)
     for name, bank in memory.items():
         memory[name] = bank * torch.logspace(-3, 3, 40, dtype=bank.dtype).unsqueeze(1)
     total, expected = cgh.CrossContextLoss(0.1, 0.05)(z, t, memory), mean(readable(z, t, memory))
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients(total, z), gradients(expected, z), rtol=1e-11, atol=1e-9)
+
+
+def test_long_rows_after_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running maximum starts where the lengths no longer bound the logits."""
+    monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
+    monkeypatch.setattr(streaming, "MIN_CHUNK", 10)
+    monkeypatch.setattr(streaming, "KEPT", 0)
+    z, t, memory = inputs(size=40, dtype=torch.float32)
+    for bank in memory.values():
+        bank[30:] *= 200
+    exact_z, exact_t, exact_memory = (
+        {name: x.detach().double().requires_grad_() for name, x in contexts.items()} for contexts in (z, t, memory)
+    )
+    total, expected = cgh.CrossContextLoss(0.1, 0.05)(z, t, memory), mean(readable(exact_z, exact_t, exact_memory))
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, exact in zip(gradients(total, z), gradients(expected, exact_z), strict=True):
+        assert torch.linalg.norm(ours - exact) < 1e-5 * torch.linalg.norm(exact)
+
+
+def test_few_relations_are_held_and_many_are_not() -> None:
+    z, _, memory = inputs(size=101)
+    student = streaming.Query(z["global"], "global", 0.1)
+    assert streaming.keeps(student, student, memory)
+    many = {"global": torch.empty(0).expand(streaming.KEPT // 12 + 1, 0)}
+    assert not streaming.keeps(student, student, many)
 
 
 def test_the_order_of_the_memory_does_not_matter() -> None:
