@@ -302,7 +302,7 @@ def _cross_entropy(
 
 
 def cross_entropy(student: Query, teacher: Query, memory: Banks) -> Tensor:
-    """Return `CE(p | t)` of each of the student's rows, `(V * N,)`, holding their relations until the gradient is known.
+    """Return `CE(p | t)` of each of the rows of the student, `(V * N,)`, holding relations until the gradient is known.
 
     It takes six products of `(N, D)` and `(D, K)` matrices for two pairs, where `stream` takes eight.
 
@@ -328,7 +328,8 @@ def cross_entropy(student: Query, teacher: Query, memory: Banks) -> Tensor:
             memory[teacher.bank].detach(),
             None if teacher.centre is None else teacher.centre.detach() / teacher.temperature,
         )
-    return _Attach.apply(rows, value, gradient)
+    attached: Tensor = _Attach.apply(rows, value, gradient)
+    return attached
 
 
 class _Attach(torch.autograd.Function):
