@@ -120,7 +120,7 @@ def train(
     for _ in track(range(epochs), f"{name}-{seed}", console=console, disable=not console.is_terminal):
         for batch in torch.randperm(count).split(BATCH)[: count // BATCH]:
             optimizer.param_groups[0]["lr"] = schedule(step)
-            loss, teacher = learner(strong_view(images[batch]), weak_view(images[batch]), step)
+            loss, teacher = learner(strong_view(images[batch]), weak_view(images[batch]), learner.weights(step))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock
 
 import cgh
 from cgh import diagnostics
+from cgh.schedules import Weights
 
 TWO = {"hypercolumn": ("layer3", "layer4")}
 TARGETS = ("entropy global", "entropy hypercolumn", "agreement")
@@ -98,8 +99,8 @@ class Learner(nn.Module):
         seed: of the memory's start. The weights of the heads draw from torch's global generator.
 
     Shape:
-        strong and weak views `(N, C, S, S)` -> the loss and the teacher's embeddings; call `update` with these after
-        the optimiser's step.
+        strong and weak views `(N, C, S, S)` and the losses' `weights` -> the loss and the teacher's embeddings; call
+        `update` with these after the optimiser's step.
     """
 
     def __init__(
@@ -134,21 +135,20 @@ class Learner(nn.Module):
             self.relations = cgh.CrossContextLoss(self.student_temperature, self.teacher_temperature, method.pairs)
         self.weights = cgh.LossWeights(round(settings.warmup * steps))
 
-    def forward(self, strong: Tensor, weak: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, teacher = self._loss(strong, weak, step)
+    def forward(self, strong: Tensor, weak: Tensor, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, teacher = self._loss(strong, weak, weights)
         if self.symmetric:
-            loss = (loss + self._loss(weak, strong, step)[0]) / 2
+            loss = (loss + self._loss(weak, strong, weights)[0]) / 2
         return loss, teacher
 
-    def _loss(self, first: Tensor, second: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, first: Tensor, second: Tensor, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's loss on the first view, by what the teacher makes of the second."""
         student = self.student(first, contexts=self.contexts)
         teacher = self.teacher(second, contexts=self.contexts)
         if self.relations is None:
             return self.infonce(student, teacher, self.memory), teacher
-        weights = self.weights(step)
         loss = 2 * weights.relation * self.relations(student, teacher, self.memory)
-        if weights.infonce:
+        if isinstance(weights.infonce, Tensor) or weights.infonce:  # to look into a tensor would wait for the device
             loss = loss + weights.infonce * self.infonce(student, teacher, self.memory)
         return loss, teacher
 
@@ -181,7 +181,8 @@ class Learner(nn.Module):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+        on_cuda = parameters[0].is_cuda
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=on_cuda or None)
 
 
 def momentum(settings: Settings, steps: int) -> float | Callable[[int], float]:

@@ -16,14 +16,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from factors import factors_table, measure
+from graph import Graphed
 from images import Images, load
 from methods import METHODS, TARGETS, Learner, Method, Settings, resnet18
 from results import add_rows, markdown, mean_and_spread, read_rows, to_csv
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 
 import cgh
 from cgh import checkpoint, plot, views
+from cgh.schedules import Weights
 
 BASELINES = {"pixels": "pixels", "untrained": "untrained network"}
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's training images
@@ -73,6 +76,8 @@ class Budget:
     """Epochs from one evaluation to the next."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = torch.cuda.is_available()
+    graph: bool = True
+    """On a GPU, a step is one CUDA graph."""
     minutes: float = float("inf")
     """Stop after the first epoch that ends later than this; the next call goes on."""
 
@@ -258,7 +263,8 @@ class Study:
             raise ValueError(f"{len(train.labels)} images do not fill a batch of {budget.batch}; lower --batch.")
         self.steps_per_epoch = len(train.labels) // budget.batch
         self.crops = views.BatchCrops(budget.size, budget.crop)
-        self.augment = views.Augmentation(MEAN, STD, blur=False).to(self.device)
+        layout = {"memory_format": torch.channels_last}
+        self.augment = views.Augmentation(MEAN, STD, blur=False, **layout).to(self.device)
         self.normalise = views.Augmentation(MEAN, STD, colour=False).to(self.device)
         self.deadline = time.monotonic() + 60 * budget.minutes
         torch.backends.cudnn.deterministic = True
@@ -270,7 +276,9 @@ class Study:
             ValueError: the folder holds a run of another configuration.
             OutOfTimeError: the time is over, and the run is not.
         """
-        common = {f.name: getattr(self.budget, f.name) for f in fields(Budget) if f.name not in ("out", "minutes")}
+        common = {
+            f.name: getattr(self.budget, f.name) for f in fields(Budget) if f.name not in ("out", "minutes", "graph")
+        }
         config = {"method": name, "seed": seed, **asdict(settings), **common}
         _check_config(folder, json.loads(json.dumps(config, default=str)))
         path = folder / "result.json"
@@ -318,12 +326,14 @@ class Study:
             torch.compiler.reset()  # each learner is compiled anew
             learner.student.compile()
             learner.teacher.encoder.compile()
+        train_step = self._train_step(learner, optimizer)
+        writer = checkpoint.Writer(partial(checkpoint.save, path=saved))
         columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(f"{name}-{seed}", total=epochs, completed=len(log), note="")
             while len(log) < epochs:
                 start = time.monotonic()
-                loss = self._epoch(learner, optimizer, rate, seed, len(log))
+                loss = self._epoch(train_step, learner, rate, seed, len(log))
                 seconds = time.monotonic() - start
                 images = self.steps_per_epoch * budget.batch
                 row: dict[str, Any] = {"epoch": len(log) + 1, "loss": loss, "images/s": images / seconds}
@@ -333,36 +343,64 @@ class Study:
                 row["peak memory, MiB"] = _peak_memory(self.device)
                 log.append(row)
                 state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
-                checkpoint.save(state, saved)
+                writer.save(state)
                 write(folder / "log.csv", to_csv(log))
                 note = f"loss {loss:.3f}, {row['images/s']:.0f} images/s"
                 progress.update(bar, advance=1, note=note)
                 if time.monotonic() > self.deadline:
+                    writer.wait()
                     raise OutOfTimeError
+        writer.wait()
         return learner, log
 
+    def _train_step(self, learner: Learner, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+        """What trains by one batch and returns its loss: on a GPU a CUDA graph, one for the warm-up and one after it.
+
+        It takes the learning rate, the losses' weights, which images, and what both parts of the augmentation drew.
+        """
+
+        def step(rate: float | Tensor, weights: Weights, index: Tensor, crops: Tensor, colours: Tensor) -> Tensor:
+            cut = self.crops.transform(self.train.pixels[index], crops)
+            strong, weak = self.augment.transform(cut, colours)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            with self._autocast():
+                loss, teacher = learner(strong, weak, weights)
+            loss.backward()
+            optimizer.step()
+            learner.update(teacher)
+            return loss.detach()
+
+        def recorded(weights: Weights, numbers: Tensor, *inputs: Tensor) -> Tensor:
+            return step(numbers[0], Weights(numbers[1] if weights.infonce else 0.0, numbers[2]), *inputs)
+
+        # A momentum that rises is a number of the host.
+        if self.device.type == "cpu" or not self.budget.graph or callable(learner.teacher.momentum):
+            return lambda rate, weights, *inputs: step(rate, weights, *(x.to(self.device) for x in inputs))
+        graphs: dict[bool, Graphed] = {}
+
+        def replay(rate: float, weights: Weights, *inputs: Tensor) -> Tensor:
+            fading = weights.infonce > 0
+            if fading not in graphs:
+                graphs[fading] = Graphed(partial(recorded, weights), self.device)
+            return graphs[fading](torch.tensor([rate, *weights]), *inputs)
+
+        return replay
+
     def _epoch(
-        self, learner: Learner, optimizer: torch.optim.Optimizer, rate: cgh.LearningRate, seed: int, epoch: int
+        self, train_step: Callable[..., Tensor], learner: Learner, rate: cgh.LearningRate, seed: int, epoch: int
     ) -> float:
         """Train for an epoch, of which the seed and its number decide all draws; return the mean loss."""
-        batch, count = self.budget.batch, len(self.train.labels)
+        batch, shape = self.budget.batch, self.train.pixels.shape
         shuffle = torch.Generator().manual_seed((seed << 40) + (1 << 39) + epoch)  # above the steps' own seeds
-        order = torch.randperm(count, generator=shuffle).to(self.device)
+        order = torch.randperm(shape[0], generator=shuffle)
         total = torch.zeros((), device=self.device)
         for i, index in enumerate(order.split(batch)[: self.steps_per_epoch]):
             step = epoch * self.steps_per_epoch + i
             draw = (seed << 40) + step
-            strong, weak = self.augment(self.crops(self.train.pixels[index], seed=draw), seed=draw)
-            strong, weak = (view.contiguous(memory_format=torch.channels_last) for view in (strong, weak))
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-            with self._autocast():
-                loss, teacher = learner(strong, weak, step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            learner.update(teacher)
-            total += loss.detach()
+            crops, colours = self.crops.draw((batch, *shape[1:]), draw), self.augment.draw(batch, draw)
+            total += train_step(rate(step), learner.weights(step), index, crops, colours)
         return total.item() / self.steps_per_epoch
 
     @torch.no_grad()
