@@ -188,6 +188,7 @@ class Augmentation(nn.Module):
         std: likewise.
         colour: jitter, grey and blur; without, views are normalised only, after workers that apply `Colour`.
         blur: blur; small images do better without.
+        weak: leave the second view its colours; else it is distorted as the first.
         jitter: strengths of brightness, contrast, saturation and hue.
         dtype: of the views that come out, such as `torch.bfloat16` for a network under autocast in it.
         memory_format: likewise, such as `torch.channels_last`.
@@ -220,6 +221,7 @@ class Augmentation(nn.Module):
         *,
         colour: bool = True,
         blur: bool = True,
+        weak: bool = True,
         jitter: Sequence[float] = JITTER,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
@@ -232,6 +234,7 @@ class Augmentation(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; views are floating point.")
         self.colour, self.blur, self.jitter = colour, blur, _check_jitter(jitter)
+        self.weak = WEAK if weak else None
         self.dtype, self.memory_format = dtype, memory_format
         # As bytes, which spares those views a division that are normalised only.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -244,9 +247,9 @@ class Augmentation(nn.Module):
             _check_images(view, f"view {i}", ndim=4)
             if view.device != self.mean.device:
                 raise ValueError(f"view {i} is on {view.device} and the augmentation on {self.mean.device}; move one.")
-            if self.colour and self.blur and i != WEAK:
+            if self.colour and self.blur and i != self.weak:
                 _check_blur(view, f"view {i}")
-        count = sum(len(view) for i, view in enumerate(views) if i != WEAK)
+        count = sum(len(view) for i, view in enumerate(views) if i != self.weak)
         return self.transform(views, _send(self.draw(count, seed), self.mean.device))
 
     def draw(self, count: int, seed: int) -> Tensor:
@@ -264,7 +267,7 @@ class Augmentation(nn.Module):
         output = []
         for i, view in enumerate(views):
             rows = None
-            if self.colour and i != WEAK:
+            if self.colour and i != self.weak:
                 rows, parameters = parameters[: len(view)], parameters[len(view) :]
             output.append(self._kernels(view, rows) if HAS_TRITON and view.is_cuda else self._plain(view, rows))
         return tuple(output)
@@ -293,6 +296,7 @@ class Colour:
 
     Args:
         blur: blur; small images do better without.
+        weak: leave the second view its colours; else it is distorted as the first.
         jitter: strengths of brightness, contrast, saturation and hue.
 
     Shape:
@@ -312,15 +316,15 @@ class Colour:
         (torch.Size([3, 224, 224]), torch.uint8)
     """
 
-    def __init__(self, *, blur: bool = True, jitter: Sequence[float] = JITTER) -> None:
-        self.blur, self.jitter = blur, _check_jitter(jitter)
+    def __init__(self, *, blur: bool = True, weak: bool = True, jitter: Sequence[float] = JITTER) -> None:
+        self.blur, self.weak, self.jitter = blur, WEAK if weak else None, _check_jitter(jitter)
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, view in enumerate(views):
             _check_images(view, f"view {i}", ndim=3)
-            if self.blur and i != WEAK:
+            if self.blur and i != self.weak:
                 _check_blur(view, f"view {i}")
-        return tuple(view if i == WEAK else self._distort(view) for i, view in enumerate(views))
+        return tuple(view if i == self.weak else self._distort(view) for i, view in enumerate(views))
 
     def _distort(self, view: Tensor) -> Tensor:
         draws = colours.Draws(1, self.jitter)

@@ -125,6 +125,18 @@ def test_the_weak_view_is_normalised_and_no_more() -> None:
     assert torch.equal(plain, weak)
 
 
+def test_without_a_weak_view_both_are_distorted() -> None:
+    images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = views.Augmentation(colour=False, blur=False)([images, images], seed=0)
+    both = views.Augmentation(blur=False, weak=False)([images, images], seed=0)
+    for distorted, untouched in zip(both, plain, strict=True):
+        assert (distorted != untouched).flatten(1).any(dim=1).float().mean() > 0.5
+    assert not torch.equal(*both), "each view has draws of its own"
+    torch.manual_seed(0)
+    first, second = views.Colour(blur=False, weak=False)((images[0], images[0]))
+    assert not torch.equal(first, second)
+
+
 def test_a_seed_decides_and_nothing_else() -> None:
     images, augment = photographs(16), views.Augmentation()
     state = torch.get_rng_state()

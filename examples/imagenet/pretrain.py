@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,8 @@ from torch.utils.data import Dataset, Subset
 import cgh
 from cgh import diagnostics, views
 from cgh.extras import require
+from cgh.interop import reference
+from cgh.interop.matching import check_match
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
 
 LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
@@ -77,6 +79,8 @@ class Recipe:
     """Four more strong views of smaller sides."""
     blur: bool = True
     """Blur half of the strong views; small images do better without."""
+    both_strong: bool = False
+    """Distort the teacher's view as the student's is."""
     layers: tuple[str, ...] = ()
     """Stages whose maps make the hypercolumn, coarsest last; by default the architecture's last two. Several
     hypercolumns, each a context, are named: shallow=layer1,layer2 deep=layer3,layer4."""
@@ -90,6 +94,8 @@ class Recipe:
     """Of the warm-up's loss."""
     dim: int = 512
     """Width of the embeddings."""
+    hypercolumn_dim: int | None = None
+    """Width of those of the hypercolumn; by default the same."""
     hidden_dim: int = 4096
     """Width inside the heads."""
     memory_size: int = 131_072
@@ -112,14 +118,26 @@ class Recipe:
     """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
     warmup_epochs: float = 5
     """Epochs until the learning rate is at its highest; from there it falls in a cosine to 0."""
+    schedule: Literal["cosine", "cosine-epochs", "milestones"] = "cosine"
+    """How the learning rate falls after the warm-up: a cosine in steps, a cosine in whole epochs, or tenths."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs after which it is divided by ten, with --schedule milestones."""
     infonce_epochs: float = 5
     """Epochs over which InfoNCE fades out."""
     momentum: float = 0.9
     """Of SGD and LARS; of AdamW, of the gradient's mean."""
     weight_decay: float = 1e-4
     """Of the weights of linear layers and convolutions, and of nothing else."""
+    reference_weight_decay: bool = False
+    """Decay the norms of shortcuts and of the hypercolumn's head too, as the reference implementation does; SGD's."""
+    nesterov: bool = False
+    """SGD's momentum of Nesterov's kind."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """What autocast computes the networks in; auto is bf16 on a GPU that has it, else float32; fp16 scales the loss."""
+    init: Path | None = None
+    """Start the backbone with these weights: a run's checkpoint, the reference's, torchvision's or timm's."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint, of another run or of the reference implementation, momentum and memory included."""
     seed: int = 0
     """Decides the initial weights and memory, the order of the images and their augmentation."""
 
@@ -184,13 +202,12 @@ class Pretraining:
         self.batches, self.augment = load_views(config, self.rank, self.world_size, self.device)
         self.per_epoch = self.batches.steps_per_epoch
         self.steps = config.epochs * self.per_epoch
-        warmup_steps = round(config.warmup_epochs * self.per_epoch)
-        self.rate = cgh.LearningRate(config.lr * config.batch / 256, self.steps, warmup_steps)
+        self.rate = learning_rate(config, self.per_epoch)
         infonce_steps = round(config.infonce_epochs * self.per_epoch)
         self.model, self.method = build_model(config, infonce_steps, self.steps)
         self.model.to(self.device)
         self.losses = Losses(self.method.pairs)
-        self.optimizer = build_optimizer(self.model.student, config)
+        self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0  # optimiser steps done
         self.epoch = 0  # epochs done, their k-nearest-neighbour figure included
@@ -209,6 +226,8 @@ class Pretraining:
         """Go on from the run's last checkpoint, if it has one; return the size of the log at that moment."""
         state = self.run.load()
         if state is None:
+            if self.config.resume_from:
+                self.resume_from(self.config.resume_from)
             return 0
         check_same(recipe(state["config"]), recipe(plain(self.config)), self.run)
         self.model.load_state_dict(state["model"])
@@ -216,6 +235,34 @@ class Pretraining:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch = state["step"], state["epoch"]
         return int(state["log_size"])
+
+    def resume_from(self, path: Path) -> None:
+        """Go on from a checkpoint of another run, or of the reference implementation.
+
+        Raises:
+            ValueError: it does not fit the model, or its epochs have other steps.
+        """
+        state = cgh.checkpoint.load(path)
+        steps = self.per_epoch
+        if "net" in state:
+            resumed = reference.resume(path, self.model, self.optimizer, self.per_epoch)
+            self.step, self.epoch = resumed.step, resumed.epoch
+        elif missing := {"model", "optimizer", "scaler", "step", "epoch", "steps_per_epoch"} - state.keys():
+            raise ValueError(
+                f"--resume-from {path} has no {', '.join(sorted(missing))}: it is no checkpoint of a run. To start a "
+                "backbone with its weights, use --init."
+            )
+        else:
+            check_match(state["model"], self.model.state_dict(), f"--resume-from {path}")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.epoch, steps = state["step"], state["epoch"], state["steps_per_epoch"]
+        if steps != self.per_epoch or self.step > self.steps:
+            raise ValueError(
+                f"--resume-from {path} is at step {self.step}, with {steps} in an epoch; here an epoch has "
+                f"{self.per_epoch} and the run {self.steps}. Give its images and --batch, and enough --epochs."
+            )
 
     def save(self) -> None:
         """Write a checkpoint, unless what it would hold is broken."""
@@ -230,6 +277,7 @@ class Pretraining:
                     "scaler": self.scaler.state_dict(),
                     "epoch": self.epoch,
                     "step": self.step,
+                    "steps_per_epoch": self.per_epoch,
                     "log_size": self.log.size(),
                     "config": plain(self.config),
                 }
@@ -382,6 +430,22 @@ def figures_of(method: Method) -> list[str]:
     return ["epoch", "lr", *losses_of(method.pairs), *collapse, *TIME, "knn/top1", "knn/top5"]
 
 
+def learning_rate(config: Config, per_epoch: int) -> Callable[[int], float]:
+    """Return the learning rate of a step, counted from 0, with `per_epoch` steps in an epoch."""
+    base, warmup_steps = config.lr * config.batch / 256, round(config.warmup_epochs * per_epoch)
+    cosine = cgh.LearningRate(base, config.epochs * per_epoch, warmup_steps)
+
+    def by_epochs(step: int) -> float:
+        if step < warmup_steps:
+            return cosine(step)
+        epoch = step // per_epoch
+        if config.schedule == "milestones":
+            return base * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+        return cosine(max(warmup_steps, epoch * per_epoch))
+
+    return cosine if config.schedule == "cosine" else by_epochs
+
+
 def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH, Method]:
     """Return student, teacher and memory with their losses, the same on every rank, and what learns from what.
 
@@ -389,6 +453,9 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
     """
     torch.manual_seed(config.seed)
     backbone = cgh.interop.build_backbone(config.arch, config.small_images, config.crop_size, config.drop_path)
+    if config.init:
+        trained = cgh.interop.trained_backbone(config.init, config.arch, config.small_images)
+        backbone.load_state_dict(trained.state_dict())
     config.layers = config.layers or cgh.interop.default_layers(backbone)
     method = parse(config.layers, config.pairs, config.student_temperature, config.teacher_temperature)
     momentum: float | cgh.TeacherMomentum = config.teacher_momentum
@@ -400,7 +467,10 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
         model = cgh.CGH(
             backbone,
             method.hypercolumns,
-            dim=config.dim,
+            dim={
+                name: config.dim if name == "global" else config.hypercolumn_dim or config.dim
+                for name in method.contexts
+            },
             hidden_dim=config.hidden_dim,
             memory_size=config.memory_size,
             momentum=momentum,
@@ -421,11 +491,14 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
     return model.to(memory_format=torch.channels_last) if config.channels_last else model, method
 
 
-def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model: cgh.CGH, config: Config) -> torch.optim.Optimizer:
     """Return an optimiser that shrinks the weights of linear layers and convolutions alone.
 
     Biases, norms, position embeddings, class tokens and the scales of layers keep their lengths.
     """
+    student = model.student
+    if config.optimizer != "sgd" and (config.nesterov or config.reference_weight_decay):
+        raise ValueError(f"--nesterov and --reference-weight-decay are of SGD, but --optimizer is {config.optimizer}.")
     decays = {name: p.ndim > 1 and name.endswith("weight") for name, p in student.named_parameters()}
     weights = [p for name, p in student.named_parameters() if decays[name]]
     others = [p for name, p in student.named_parameters() if not decays[name]]
@@ -438,7 +511,9 @@ def build_optimizer(student: nn.Module, config: Config) -> torch.optim.Optimizer
             groups, lr=config.lr, momentum=config.momentum
         )
         return lars
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    if config.reference_weight_decay:
+        groups = reference.parameter_groups(model, config.weight_decay)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
 
 
 def wrap(model: cgh.CGH, config: Config) -> nn.Module:
@@ -464,12 +539,13 @@ def load_views(config: Config, rank: int, world_size: int, device: torch.device)
         crops = views.Crops(config.crop_size, local_sizes=sizes, local_scales=views.MULTI_CROP["local_scales"])
     in_workers = device.type == "cpu"
     if in_workers:
-        crops = T.Compose([crops, views.Colour(blur=config.blur)])
+        crops = T.Compose([crops, views.Colour(blur=config.blur, weak=not config.both_strong)])
     batch = config.batch // world_size
     batches = Batches(config.data, crops, batch, config.seed, rank, world_size, config.workers)
     augment = views.Augmentation(
         colour=not in_workers,
         blur=config.blur,
+        weak=not config.both_strong,
         dtype=PRECISIONS[config.precision] or torch.float32,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
     )
