@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -264,6 +265,17 @@ def remove_classifier(backbone: nn.Module) -> None:
             elif isinstance(classifier, nn.Sequential) and any(isinstance(m, nn.Linear) for m in classifier):
                 start = next(i for i, m in enumerate(classifier) if isinstance(m, (nn.Linear, nn.Dropout)))
                 setattr(backbone, name, classifier[:start])
+
+
+def is_whole_model(module: nn.Module) -> bool:
+    """Return whether a module is a whole model of torchvision, timm or Hugging Face, not a part of one."""
+    packages = {cls.__module__.split(".")[0] for cls in type(module).__mro__}
+    if "torchvision" in packages:
+        models = [x for x in vars(sys.modules["torchvision"].models).values() if isinstance(x, type)]
+        return isinstance(module, tuple(models))
+    return ("timm" in packages and hasattr(module, "reset_classifier")) or (
+        "transformers" in packages and hasattr(module, "save_pretrained")
+    )
 
 
 class _Capture:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-# Each keeps what it wraps as an attribute. Of torch.compile's class the attribute alone is public.
-_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, AveragedModel)
+_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -36,11 +34,20 @@ def wrapped_attribute(module: nn.Module) -> str | None:
     """Return the name under which a wrapper keeps the module inside it; None where `module` is no wrapper."""
     from cgh.teacher import EMATeacher  # which takes its student's wrappers off by this module
 
-    if isinstance(module, _WRAPPERS):
+    if isinstance(module, _WRAPPERS) or is_sharded(module):
         return "module"
     if isinstance(module, EMATeacher):
         return "encoder"
+    # Of torch.compile's class the attribute alone is public.
     return "_orig_mod" if isinstance(getattr(module, "_orig_mod", None), nn.Module) else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module is a FullyShardedDataParallel; by name, as importing the class takes most of a second."""
+    return any(
+        cls.__name__ == "FullyShardedDataParallel" and cls.__module__.startswith("torch.")
+        for cls in type(module).__mro__
+    )
 
 
 def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:

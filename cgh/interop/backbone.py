@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from cgh import checkpoint
 from cgh.encoder import ContextEncoder
+from cgh.evaluate.linear import Classifier
 from cgh.extras import require
-from cgh.hypercolumn import HypercolumnExtractor, remove_classifier
+from cgh.hypercolumn import HypercolumnExtractor, is_whole_model, remove_classifier
 from cgh.interop.matching import check_match, check_tensors
 from cgh.method import CGH
+from cgh.teacher import EMATeacher
+from cgh.wrappers import is_sharded, plain_names, unwrap
 
 
 def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str, Tensor]:
@@ -27,11 +30,14 @@ def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str,
     predicts nothing until it is trained, rather than something at random.
 
     Args:
-        model: a `cgh.CGH` (whose student it is), a `ContextEncoder`, a `HypercolumnExtractor`, or a bare backbone.
+        model: a `cgh.CGH` (whose student it is), a `ContextEncoder`, a `HypercolumnExtractor`, a probe, an
+            `EMATeacher`, a bare backbone, or a module of your own that holds one of the library's; wrappers such as
+            DistributedDataParallel's and `torch.compile`'s stay behind.
         like: a fresh model of the same architecture with a classifier, whose `load_state_dict` is to take the state.
 
     Raises:
-        ValueError: `like` is of another architecture; every missing, unexpected and misshapen key is listed.
+        ValueError: `like` is of another architecture, and then every missing, unexpected and misshapen key is listed;
+            or which backbone is meant is not sure.
 
     Example:
         >>> import torchvision, cgh
@@ -40,7 +46,7 @@ def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str,
         >>> fresh.load_state_dict(cgh.interop.backbone_state(features, like=fresh))
         <All keys matched successfully>
     """
-    state = {key: x.detach().cpu().clone() for key, x in find_backbone(model).state_dict().items()}
+    state = {key: x.detach().cpu().clone() for key, x in _plain_state(find_backbone(model)).items()}
     if like is None:
         return state
     bare = copy.deepcopy(like)
@@ -51,6 +57,8 @@ def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str,
 
 def save_backbone(model: nn.Module, path: str | os.PathLike[str], like: nn.Module | None = None) -> None:
     """Write `backbone_state` to a file: safetensors if it is called `.safetensors`, else PyTorch's own format.
+
+    Its folder is made if missing. A file that was there before stays until the new one is whole.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -64,12 +72,15 @@ def save_backbone(model: nn.Module, path: str | os.PathLike[str], like: nn.Modul
         >>> twin = cgh.HypercolumnExtractor(torchvision.models.resnet18(), ["layer4"])
         >>> cgh.interop.load_backbone(twin, path)
     """
-    state = backbone_state(model, like)
-    if Path(path).suffix == ".safetensors":
-        tensors = {key: x.contiguous() for key, x in state.items()}
-        require("safetensors.torch", extra="interop").save_file(tensors, path, metadata={"format": "pt"})
-    else:
+    state, path = backbone_state(model, like), Path(path)
+    if path.suffix != ".safetensors":
         checkpoint.save(state, path)
+        return
+    safetensors = require("safetensors.torch", extra="interop")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(path) as temporary:
+        tensors = {key: x.contiguous() for key, x in state.items()}
+        safetensors.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def load_backbone(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -88,17 +99,70 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | Mapping[str
     what = "the backbone" if isinstance(source, Mapping) else str(source)
     state = check_tensors(source if isinstance(source, Mapping) else read(source), what)
     backbone = find_backbone(model)
-    check_match(state, backbone.state_dict(), what)
-    backbone.load_state_dict(state)
+    expected = _plain_state(backbone)
+    check_match(state, expected, what)
+    names = plain_names(backbone, backbone.state_dict())
+    backbone.load_state_dict({names[key]: x for key, x in state.items()})
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """Return the backbone of the library's modules, and any other module itself."""
-    if isinstance(model, CGH):
-        model = model.student
-    if isinstance(model, ContextEncoder):
-        model = model.extractor
-    return model.backbone if isinstance(model, HypercolumnExtractor) else model
+    """Return the backbone inside a model: without wrappers, heads and classifiers.
+
+    Of a user's own module it is the one that the library's modules inside have in common, a teacher's aside; a module
+    that has none of them is the backbone itself.
+
+    Raises:
+        ValueError: there are several, or the module holds a whole model of another library, so that what the backbone
+            is cannot be known.
+    """
+    module = _inside(model)
+    if module is not model:
+        return find_backbone(module)
+    parts = [(name, part) for name, part in module.named_modules() if _inside(part) is not part]
+    students = [(name, part) for name, part in parts if not isinstance(part, EMATeacher)]
+    teachers = tuple(f"{name}." for name, part in parts if isinstance(part, EMATeacher))
+    found = {id(x): x for x in (find_backbone(part) for name, part in students if not name.startswith(teachers))}
+    if len(found) > 1 or (parts and not found):
+        raise ValueError(
+            f"which of its backbones is meant by a {type(model).__name__} is not sure; pass the part that has it, "
+            f"one of {', '.join(name for name, _ in parts)}."
+        )
+    if found:
+        return next(iter(found.values()))
+    whole = [name for name, part in module.named_modules() if name and is_whole_model(part)]
+    if whole and not is_whole_model(module):
+        raise ValueError(
+            f"a {type(model).__name__} has a backbone of its library's names only in part of it; pass that part, "
+            f"{' or '.join(f'model.{name}' for name in whole)}."
+        )
+    return module
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """What a wrapper, or a module of this library, keeps its backbone in; any other module itself."""
+    if isinstance(module, CGH):
+        return module.student
+    if isinstance(module, ContextEncoder):
+        return module.extractor
+    if isinstance(module, (HypercolumnExtractor, Classifier)):
+        return module.backbone
+    return unwrap(module)
+
+
+def _plain_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """The live parameters and buffers of a backbone, by their names without wrappers.
+
+    Raises:
+        ValueError: FullyShardedDataParallel has flattened them.
+    """
+    if any(map(is_sharded, backbone.modules())):
+        raise ValueError(
+            "FullyShardedDataParallel keeps the parameters in pieces; gather them by torch.distributed.checkpoint."
+            "state_dict.get_model_state_dict with full_state_dict=True, and load them into an unwrapped model."
+        )
+    state = backbone.state_dict()
+    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}  # of fully_shard
+    return {plain: whole[name] for plain, name in plain_names(backbone, state).items()}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
