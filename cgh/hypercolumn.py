@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cgh.layouts import LAYOUTS, declared_prefix_tokens, find_layout, takes_maps, to_map
+from cgh.wrappers import is_parallel, plain_names, unwrap
 
 
 class Features(NamedTuple):
@@ -94,31 +95,39 @@ class HypercolumnExtractor(nn.Module):
         prefix_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        named = layers if isinstance(layers, Mapping) else {"hypercolumn": layers}
-        if not named or "global" in named:
+        hypercolumns = layers if isinstance(layers, Mapping) else {"hypercolumn": layers}
+        if not hypercolumns or "global" in hypercolumns:
             raise ValueError(
-                f"layers names the hypercolumns {list(named)}; name at least one, and none 'global', which is the "
-                "pooled feature's name."
+                f"layers names the hypercolumns {list(hypercolumns)}; name at least one, and none 'global', which is "
+                "the pooled feature's name."
             )
-        for names in named.values():
+        for names in hypercolumns.values():
             if isinstance(names, str):
                 raise TypeError(f"layers is the string {names!r}; pass a list of names, such as [{names!r}].")
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"layers is {list(names)}; name at least one layer, each once.")
+        if is_parallel(backbone):
+            raise ValueError(
+                f"the backbone is in a {type(backbone).__name__}; pass the module inside, and wrap what you train: "
+                f"{type(backbone).__name__}(model)."
+            )
         remove_classifier(backbone)
         self.backbone = backbone
-        self.hypercolumns = {name: tuple(names) for name, names in named.items()}
+        self.hypercolumns = {name: tuple(names) for name, names in hypercolumns.items()}
         self.layers = tuple(dict.fromkeys(layer for names in self.hypercolumns.values() for layer in names))
-        modules = dict(backbone.named_modules())
+        named = dict(backbone.named_modules())
+        # Layers may be named with or without the wrappers on the way, such as torch.compile's.
+        paths = plain_names(backbone, named) | {name: name for name in named}
         for layer in self.layers:
-            if layer not in modules or not layer:
-                close = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4) or [
-                    n for n, _ in backbone.named_children()
+            if layer not in paths or not layer:
+                close = difflib.get_close_matches(layer, paths, n=5, cutoff=0.4) or [
+                    name for name, _ in unwrap(backbone).named_children()
                 ]
                 raise ValueError(
-                    f"the backbone ({type(backbone).__name__}) has no layer {layer!r}; close names: "
+                    f"the backbone ({type(unwrap(backbone)).__name__}) has no layer {layer!r}; close names: "
                     f"{', '.join(close)}. All of them: cgh.list_layers(backbone, image_size)."
                 )
+        self._paths = {layer: paths[layer] for layer in self.layers}
         self.layouts = dict.fromkeys(self.layers, layouts) if isinstance(layouts, str) else dict(layouts or {})
         for layer, layout in self.layouts.items():
             if layer not in self.layers or layout not in LAYOUTS:
@@ -128,21 +137,26 @@ class HypercolumnExtractor(nn.Module):
                 )
         if prefix_tokens is not None and prefix_tokens < 0:
             raise ValueError(f"prefix_tokens is {prefix_tokens}; it is 0 or more.")
-        self.prefix_tokens = declared_prefix_tokens(backbone) if prefix_tokens is None else (prefix_tokens,)
-        self._convolutional = {layer: takes_maps(modules[layer]) for layer in self.layers}
-        # A slot exists only while forward runs, so nothing stays alive after it, nor when the backbone runs by itself.
-        self._slots: dict[str, object] = {}
+        self.prefix_tokens = declared_prefix_tokens(unwrap(backbone)) if prefix_tokens is None else (prefix_tokens,)
+        self._convolutional = {layer: takes_maps(self._layer(layer)) for layer in self.layers}
+        self._slots = _Slots()
         for layer in self.layers:
-            modules[layer].register_forward_hook(_Capture(self._slots, layer))
+            for module in same_output(self._layer(layer)):
+                module.register_forward_hook(_Capture(self._slots, layer))
 
     @override
     def forward(self, images: Tensor) -> Features:
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "DataParallel runs copies of the model at once, whose layers would write to one place; use "
+                "DistributedDataParallel, or a single device."
+            )
         try:
-            self._slots.update(dict.fromkeys(self.layers))
+            self._slots.captured = dict.fromkeys(self.layers)
             pooled = self.pooled(images)
             maps = {layer: self._map(layer, images, pooled) for layer in self.layers}
         finally:
-            self._slots.clear()
+            self._slots.captured = {}
         hypercolumns = {
             name: _concatenate([maps[layer] for layer in layers]) for name, layers in self.hypercolumns.items()
         }
@@ -156,17 +170,7 @@ class HypercolumnExtractor(nn.Module):
             )
         if not len(images):
             raise ValueError(f"the batch is empty: images have shape {tuple(images.shape)}.")
-        output = self.backbone(images)
-        pooled = getattr(output, "pooler_output", output)
-        if isinstance(pooled, Tensor) and pooled.shape[2:] == (1, 1):
-            pooled = pooled.flatten(1)
-        if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(images):
-            raise ValueError(
-                f"the backbone ({type(self.backbone).__name__}) gave {_describe(output)} for {len(images)} images; "
-                "it must give a pooled feature (N, W), or have it as pooler_output: end it with "
-                "nn.AdaptiveAvgPool2d(1) and nn.Flatten()."
-            )
-        return pooled
+        return pooled_output(self.backbone(images), len(images), self.backbone)
 
     @torch.no_grad()
     def widths(self, image_shape: Sequence[int] | None = None) -> Widths:
@@ -197,12 +201,27 @@ class HypercolumnExtractor(nn.Module):
                 module.training = training
         return Widths(features.pooled.shape[1], {name: x.shape[1] for name, x in features.hypercolumns.items()})
 
+    def _layer(self, name: str) -> nn.Module:
+        return self.backbone.get_submodule(self._paths[name])
+
     def _map(self, layer: str, images: Tensor, pooled: Tensor) -> Tensor:
         """The checked map `(N, C, H, W)` of a layer that has run."""
-        x = self._slots[layer]
-        if x is None:
+        capture = self._slots.captured[layer]
+        if capture is None:
+            hooks = self._layer(layer)._forward_hooks.values()
+            if not any(isinstance(hook, _Capture) and hook.slots is self._slots for hook in hooks):
+                raise ValueError(
+                    f"layer {layer!r} was replaced after the extractor was made, as by converting norms; make the "
+                    "extractor, or the model that makes one, of the converted backbone."
+                )
             raise ValueError(f"layer {layer!r} did not run in the backbone's forward; choose layers that do.")
-        x = first_output(x)
+        x, version = capture
+        if version != version_of(x):
+            raise ValueError(
+                f"layer {layer!r} gave an output that a later layer changed in place, such as an in-place ReLU or an "
+                "addition +=, so the layer's own output is gone; choose the layer that changes it, or make that one "
+                "work out of place (inplace=False)."
+            )
         if not isinstance(x, Tensor) or x.ndim not in (3, 4) or len(x) != len(pooled):
             raise ValueError(
                 f"layer {layer!r} gave {_describe(x)}; a hypercolumn is made of maps (N, C, H, W) or (N, H, W, C), or "
@@ -226,7 +245,7 @@ class HypercolumnExtractor(nn.Module):
             )
         if grid is None:
             raise ValueError(f"layer {layer!r} is said to be {layout} but gave shape {shape}.")
-        trainable = any(p.requires_grad for p in self.backbone.get_submodule(layer).parameters())
+        trainable = any(p.requires_grad for p in self._layer(layer).parameters())
         if trainable and pooled.requires_grad and not x.requires_grad:
             raise ValueError(
                 f"layer {layer!r} has trainable parameters but ran without gradient, as inside reentrant gradient "
@@ -239,12 +258,37 @@ class HypercolumnExtractor(nn.Module):
         return ", ".join(f"{name}={list(layers)}" for name, layers in self.hypercolumns.items())
 
 
+def pooled_output(output: object, images: int, model: nn.Module) -> Tensor:
+    """Return the pooled feature `(N, W)` in what a model gave.
+
+    It is the output itself, also as `(N, W, 1, 1)`; its `pooler_output`, as of a Hugging Face model; or the `pooled` of
+    an extractor's `Features`.
+
+    Raises:
+        ValueError: it is none of these, or not of so many images; the message says what is accepted.
+    """
+    pooled = getattr(output, "pooler_output", getattr(output, "pooled", output))
+    if isinstance(pooled, Tensor) and pooled.shape[2:] == (1, 1):
+        pooled = pooled.flatten(1)
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != images:
+        raise ValueError(
+            f"the model ({type(unwrap(model)).__name__}) gave {_describe(output)} for {images} images; it must give a "
+            "pooled feature (N, W), or have it as pooler_output: a network of maps ends with nn.AdaptiveAvgPool2d(1) "
+            "and nn.Flatten(), and of a whole method pass the backbone, such as model.student.extractor.backbone."
+        )
+    return pooled
+
+
 def remove_classifier(backbone: nn.Module) -> None:
     """Take the classifier off a torchvision or timm model, in place, so that it gives its pooled feature.
 
     A timm model does it itself (`reset_classifier(0)`). Of torchvision's `fc`, `classifier`, `head` or `heads`, what
-    comes before the first linear layer and its dropout stays (ConvNeXt's norm, say), and the rest goes. Modules from
-    elsewhere are not touched: what a name means there cannot be known.
+    comes before the first linear layer and its dropout stays (ConvNeXt's norm, say), and the rest goes; so do the
+    auxiliary classifiers of GoogLeNet and Inception. Modules from elsewhere are not touched: what a name means there
+    cannot be known.
+
+    Raises:
+        ValueError: it is a timm model made with `features_only=True`, which has no pooled feature.
 
     Example:
         >>> import torch, torchvision
@@ -254,22 +298,47 @@ def remove_classifier(backbone: nn.Module) -> None:
         >>> backbone(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 512])
     """
-    packages = {cls.__module__.split(".")[0] for cls in type(backbone).__mro__}
-    if "timm" in packages:
+    backbone = unwrap(backbone)
+    packages = _packages(backbone)
+    if "timm" in packages and hasattr(backbone, "reset_classifier"):
         backbone.reset_classifier(0)  # type: ignore[operator]  # every timm model has it
+    elif "timm" in packages and hasattr(backbone, "feature_info"):
+        raise ValueError(
+            f"the backbone ({type(backbone).__name__}) was made with features_only=True, so it gives maps and no "
+            "pooled feature; make it without, and name the layers: cgh.list_layers(backbone, image_size)."
+        )
     elif "torchvision" in packages:
+        for name in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(backbone, name):
+                setattr(backbone, name, None)
+                backbone.aux_logits = False  # type: ignore[assignment]  # a plain attribute
         for name in ("fc", "classifier", "head", "heads"):
             classifier = getattr(backbone, name, None)
             if isinstance(classifier, nn.Linear):
                 setattr(backbone, name, nn.Identity())
-            elif isinstance(classifier, nn.Sequential) and any(isinstance(m, nn.Linear) for m in classifier):
-                start = next(i for i, m in enumerate(classifier) if isinstance(m, (nn.Linear, nn.Dropout)))
-                setattr(backbone, name, classifier[:start])
+            elif isinstance(classifier, nn.Sequential):
+                setattr(backbone, name, _without_classes(classifier))
+
+
+def _without_classes(classifier: nn.Sequential) -> nn.Sequential:
+    """What comes before the first linear layer and its dropout; SqueezeNet's is a convolution, and pooled after it."""
+    linear = any(isinstance(m, nn.Linear) for m in classifier)
+    pooled = not linear and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in classifier)
+    if not linear and not pooled:
+        return classifier
+    first = (nn.Linear, nn.Dropout) if linear else (nn.Conv2d, nn.Dropout)
+    start = next(i for i, m in enumerate(classifier) if isinstance(m, first))
+    return nn.Sequential(*classifier[:start], *(m for m in classifier[start:] if isinstance(m, nn.AdaptiveAvgPool2d)))
+
+
+def _packages(module: nn.Module) -> set[str]:
+    """The packages that a module's class, or one that it is made of, comes from."""
+    return {cls.__module__.split(".")[0] for cls in type(module).__mro__}
 
 
 def is_whole_model(module: nn.Module) -> bool:
     """Return whether a module is a whole model of torchvision, timm or Hugging Face, not a part of one."""
-    packages = {cls.__module__.split(".")[0] for cls in type(module).__mro__}
+    packages = _packages(module)
     if "torchvision" in packages:
         models = [x for x in vars(sys.modules["torchvision"].models).values() if isinstance(x, type)]
         return isinstance(module, tuple(models))
@@ -278,16 +347,44 @@ def is_whole_model(module: nn.Module) -> bool:
     )
 
 
+class _Slots:
+    """What the layers gave, while forward runs: nothing stays alive after it, nor when the backbone runs by itself.
+
+    An object, not a plain dictionary, which `torch.export` would put a copy in the place of.
+    """
+
+    def __init__(self) -> None:
+        self.captured: dict[str, tuple[object, int] | None] = {}
+
+
 class _Capture:
     """A forward hook that writes its layer's output to its slot, if open: an object, so that it copies and pickles."""
 
-    def __init__(self, slots: dict[str, object], layer: str) -> None:
+    def __init__(self, slots: _Slots, layer: str) -> None:
         self.slots = slots
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if self.layer in self.slots:
-            self.slots[self.layer] = output
+        if self.layer in self.slots.captured:
+            x = first_output(output)
+            if isinstance(x, Tensor) and (torch.compiler.is_compiling() or x.is_inference()):
+                x = x.clone()  # nothing counts how often these are changed in place; a compiler drops what need not be
+            self.slots.captured[self.layer] = x, version_of(x)
+
+
+def same_output(module: nn.Module) -> list[nn.Module]:
+    """Return the modules whose output is that of `module`: itself, and of an `nn.Sequential` its last.
+
+    Gradient checkpointing of a stage (timm's) runs its blocks one by one, and not the stage.
+    """
+    if type(module).forward is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
+        return [module, *same_output(module[-1])]  # type: ignore[index]
+    return [module]
+
+
+def version_of(x: object) -> int:
+    """Return how often a tensor has been changed in place, where torch counts that."""
+    return x._version if isinstance(x, Tensor) and not torch.compiler.is_compiling() and not x.is_inference() else 0
 
 
 def _concatenate(maps: Sequence[Tensor]) -> Tensor:

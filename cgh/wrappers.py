@@ -68,3 +68,9 @@ def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         return ".".join(piece for i, piece in enumerate(pieces, 1) if ".".join(pieces[:i]) not in inner)
 
     return {plain(name): name for name in names}
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Return whether a module runs one inside it on several devices or ranks, so that it has to be the outermost."""
+    several = isinstance(module, DataParallel) and len(module.device_ids) > 1
+    return several or isinstance(module, DistributedDataParallel) or is_sharded(module)
