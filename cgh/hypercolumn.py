@@ -155,6 +155,8 @@ class HypercolumnExtractor(nn.Module):
             self._slots.captured = dict.fromkeys(self.layers)
             pooled = self.pooled(images)
             maps = {layer: self._map(layer, images, pooled) for layer in self.layers}
+            if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+                self._slots.unchanged = True
         finally:
             self._slots.captured = {}
         hypercolumns = {
@@ -355,6 +357,10 @@ class _Slots:
 
     def __init__(self) -> None:
         self.captured: dict[str, tuple[object, int] | None] = {}
+        self.unchanged = False  # whether a forward showed that no layer's output is changed in place later
+
+    def __len__(self) -> int:
+        return len(self.captured)
 
 
 class _Capture:
@@ -367,8 +373,11 @@ class _Capture:
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.layer in self.slots.captured:
             x = first_output(output)
-            if isinstance(x, Tensor) and (torch.compiler.is_compiling() or x.is_inference()):
-                x = x.clone()  # nothing counts how often these are changed in place; a compiler drops what need not be
+            compiling = torch.compiler.is_compiling()
+            # Where torch does not count how often a tensor is changed in place, a copy is safe. A compiled extractor
+            # goes without if it has run uncompiled, as that of an encoder has.
+            if isinstance(x, Tensor) and (not self.slots.unchanged if compiling else x.is_inference()):
+                x = x.clone()
             self.slots.captured[self.layer] = x, version_of(x)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cgh import checkpoint
 from cgh.encoder import ContextEncoder
@@ -108,8 +109,8 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | Mapping[str
 def find_backbone(model: nn.Module) -> nn.Module:
     """Return the backbone inside a model: without wrappers, heads and classifiers.
 
-    Of a user's own module it is the one that the library's modules inside have in common, a teacher's aside; a module
-    that has none of them is the backbone itself.
+    Of a user's own module it is the one that the library's modules inside have in common, averages of them aside; a
+    module that has none of them is the backbone itself.
 
     Raises:
         ValueError: there are several, or the module holds a whole model of another library, so that what the backbone
@@ -118,10 +119,10 @@ def find_backbone(model: nn.Module) -> nn.Module:
     module = _inside(model)
     if module is not model:
         return find_backbone(module)
-    parts = [(name, part) for name, part in module.named_modules() if _inside(part) is not part]
-    students = [(name, part) for name, part in parts if not isinstance(part, EMATeacher)]
-    teachers = tuple(f"{name}." for name, part in parts if isinstance(part, EMATeacher))
-    found = {id(x): x for x in (find_backbone(part) for name, part in students if not name.startswith(teachers))}
+    named = list(module.named_modules())
+    averages = tuple(f"{name}." for name, part in named if isinstance(part, (EMATeacher, AveragedModel)))
+    parts = [(name, part) for name, part in named if isinstance(part, _HOLDERS)]
+    found = {id(x): x for x in (find_backbone(part) for name, part in parts if not name.startswith(averages))}
     if len(found) > 1 or (parts and not found):
         raise ValueError(
             f"which of its backbones is meant by a {type(model).__name__} is not sure; pass the part that has it, "
@@ -129,13 +130,16 @@ def find_backbone(model: nn.Module) -> nn.Module:
         )
     if found:
         return next(iter(found.values()))
-    whole = [name for name, part in module.named_modules() if name and is_whole_model(part)]
+    whole = [name for name, part in named if name and is_whole_model(part)]
     if whole and not is_whole_model(module):
         raise ValueError(
             f"a {type(model).__name__} has a backbone of its library's names only in part of it; pass that part, "
             f"{' or '.join(f'model.{name}' for name in whole)}."
         )
     return module
+
+
+_HOLDERS = (CGH, ContextEncoder, HypercolumnExtractor, Classifier)
 
 
 def _inside(module: nn.Module) -> nn.Module:
