@@ -52,7 +52,10 @@ class Centring(LocalTensors):
         for name in self:
             # The mean of t . M over the batch is (the mean of t) . M: no matrix.
             mean = distributed.mean(t[name].mean(dim=0))
-            self[name].lerp_((memory[name] @ mean.to(memory[name])).to(self[name]), 1 - self.momentum)
+            centre = (memory[name] @ mean.to(memory[name])).to(self[name])
+            # What is not finite is not taken in, and nothing waits to see whether it is.
+            centre = torch.where(mean.isfinite().all(), centre, self[name])
+            self[name].lerp_(centre, 1 - self.momentum)
 
     @override
     def extra_repr(self) -> str:

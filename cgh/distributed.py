@@ -7,11 +7,22 @@ So several processes see, and remember, the order that a single process would.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def outside_graphs(function: Function) -> Function:
+    """Keep `torch.compile` out of a function that works with numbers of the host, which it would take for constants."""
+    # torch.compiler.disable does the same, but at the price of importing the compiler here.
+    return _disable_dynamo(function)  # type: ignore[return-value]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -65,11 +76,71 @@ def permute(x: Tensor, permutation: Tensor) -> Tensor:
 
     Args:
         x: this rank's rows `(N, ...)`.
-        permutation: of `range(N * world_size)`, on the CPU, the same on every rank.
+        permutation: of `range(N * world_size)`, the same on every rank; on the CPU where there are several.
     """
+    _, world_size = rank_and_world_size()
+    return x[send(permutation, x.device)] if world_size == 1 else _exchange(x, permutation)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on `device`, without waiting for it where `x` comes from the CPU."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def check_sizes(size: int) -> None:
+    """Compare batch sizes over all ranks; the hosts do it among themselves, so nothing waits for a device.
+
+    Raises:
+        ValueError: they differ, on every rank.
+        RuntimeError: a rank has stopped, or does not come within the process group's timeout.
+    """
+    _, world_size = rank_and_world_size()
+    if world_size > 1:
+        _compare(size)
+
+
+@outside_graphs
+def _compare(size: int) -> None:
+    """`check_sizes` over several ranks."""
     rank, world_size = rank_and_world_size()
-    if world_size == 1:
-        return x[permutation.to(x.device)]
+    if (group := _hosts()) is None:
+        return
+    sizes = torch.zeros(world_size, dtype=torch.long, device="cpu")
+    sizes[rank] = size
+    try:
+        dist.all_reduce(sizes, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {rank} brought a batch, and another rank did not: it has stopped, is late, or has fewer batches. "
+            f"The first error in the other ranks' output says why. ({error})"
+        ) from error
+    if len(set(sizes.tolist())) > 1:
+        raise ValueError(
+            f"the batches have different sizes, {sizes.tolist()} by rank; all must be equal. Give the DataLoader "
+            "drop_last=True, and every rank as many images."
+        )
+
+
+_groups: list[tuple[Any, Any]] = []
+"""The last default process group, and the one by which its hosts compare sizes."""
+
+
+def _hosts() -> Any:
+    """The process group by which hosts talk, made at the first call; None where there is no backend for it."""
+    if not _groups or _groups[0][0] is not dist.group.WORLD:
+        group: Any = dist.group.WORLD
+        if dist.get_backend() not in ("gloo", "mpi"):
+            group = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+        _groups[:] = [(dist.group.WORLD, group)]
+    return _groups[0][1]
+
+
+@outside_graphs
+def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
+    """`permute` over several ranks."""
+    rank, world_size = rank_and_world_size()
     source = permutation.view(-1, world_size)  # column r: the rows that rank r is to hold
     sends = [source[source[:, r] % world_size == rank, r] // world_size for r in range(world_size)]
     origin = source[:, rank] % world_size
@@ -79,10 +150,10 @@ def permute(x: Tensor, permutation: Tensor) -> Tensor:
     received = torch.empty_like(rows)
     dist.all_to_all_single(
         received,
-        rows[torch.cat(sends).to(x.device)],
+        rows[send(torch.cat(sends), x.device)],
         output_split_sizes=torch.bincount(origin, minlength=world_size).tolist(),
         input_split_sizes=[len(rows_for) for rows_for in sends],
     )
     arrival = torch.argsort(origin, stable=True)  # rows arrive by rank of origin; row k belongs at arrival[k]
-    result = received[torch.argsort(arrival).to(x.device)]
+    result = received[send(torch.argsort(arrival), x.device)]
     return rearrange(result, "n h w c -> n c h w") if channels_last else result

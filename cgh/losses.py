@@ -125,6 +125,13 @@ class CrossContextLoss(nn.Module):
             for learner, guide in pairs
         }
 
+    @override
+    def extra_repr(self) -> str:
+        return (
+            f"student_temperature={self.student_temperature}, teacher_temperature={self.teacher_temperature}, "
+            f"pairs={self.pairs or 'every two contexts'}"
+        )
+
     def _check(
         self, z: Contexts, t: Contexts, memory: Banks, local_views: Sequence[Contexts]
     ) -> Sequence[tuple[str, str]]:

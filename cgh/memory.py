@@ -11,28 +11,34 @@ from typing_extensions import override
 
 from cgh import distributed
 from cgh.contexts import Contexts, check_banks, check_contexts
-from cgh.state import LocalTensors
+from cgh.finite import check_soon
+from cgh.state import Counted, LocalTensors
 
 
-class MemoryBank(LocalTensors):
+class MemoryBank(LocalTensors, Counted):
     """First-in-first-out banks of unit vectors, written together: row `j` of every bank belongs to the same image.
 
     That alignment is what lets one context learn the relations that another sees (Gao et al., 2024). Each bank
-    is `(size, dim)` and starts as random unit vectors. The queue wraps at any batch size.
+    is `(size, dim)` and starts as random unit vectors. The queue wraps at any batch size; of a batch larger than the
+    bank the newest rows stay.
 
     Distributed runs gather the embeddings of all ranks, so every rank holds the same banks; nothing else of a bank
     crosses the network, whatever DistributedDataParallel wraps. The banks are in `state_dict` and move with `.to()`.
 
+    A batch with a value that is not finite is left out as a whole, on every rank. On the CPU that is an error at once;
+    on CUDA, where nothing waits for the device, at one of the next calls.
+
     Args:
         dims: width of each bank by the name of its context.
-        size: rows; at least the batch size over all ranks.
+        size: rows.
         dtype: of the rows; `torch.bfloat16` or `torch.float16` takes half the space of float32.
         seed: of the random start, equal on every rank whatever their global seeds.
 
     Raises:
         ValueError: a width or size below one; on `enqueue`, contexts or widths other than the banks', contexts of
-            different batch sizes, values that are not finite, an empty batch or one larger than the bank.
-        RuntimeError: on `enqueue`, several processes were started but have not joined a process group.
+            different batch sizes, also over the ranks, values that are not finite, or an empty batch.
+        RuntimeError: on `enqueue`, several processes were started but have not joined a process group, or a rank is
+            missing.
 
     Example:
         >>> import torch, cgh
@@ -55,13 +61,19 @@ class MemoryBank(LocalTensors):
             raise ValueError(f"size is {size}; a bank has at least one row.")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; embeddings are floating point.")
-        generator = torch.Generator().manual_seed(seed)
-        super().__init__(
-            {n: F.normalize(torch.randn(size, d, generator=generator), dim=1).to(dtype) for n, d in dims.items()}
-        )
+        super().__init__(_unit_rows(dims, size, dtype, seed))
         self.dims = dict(dims)
         self.size = size
-        self.pointer = 0
+        self.seed = seed
+
+    @property
+    def pointer(self) -> int:
+        """The row that is written next, the oldest. Reading it waits for an accelerator."""
+        return self._get_count()
+
+    @pointer.setter
+    def pointer(self, pointer: int) -> None:
+        self._set_count(pointer)
 
     @torch.no_grad()
     def enqueue(self, contexts: Contexts) -> None:
@@ -69,37 +81,45 @@ class MemoryBank(LocalTensors):
 
         Call it after the loss and its backward pass: the loss reads the banks as they were before this batch.
         """
-        count = self.check(contexts)
-        batch = distributed.gather(torch.cat([contexts[name].to(self[name]) for name in self], dim=1))
-        head = min(count, self.size - self.pointer)
-        for name, rows in zip(self, batch.split(list(self.dims.values()), dim=1), strict=True):
-            self[name][self.pointer : self.pointer + head] = rows[:head]
-            self[name][: count - head] = rows[head:]
-        self.pointer = (self.pointer + count) % self.size
+        self.check(contexts)
+        check_soon({f"contexts[{name!r}]": x for name, x in contexts.items()})
+        self.write(contexts)
 
-    def check(self, contexts: Contexts) -> int:
-        """Raise what `enqueue` would; return how many rows it would write, over all ranks."""
+    def check(self, contexts: Contexts) -> None:
+        """Raise what `enqueue` would before it writes; all ranks have to call it."""
         count = check_contexts(contexts, "contexts")
         if set(contexts) != set(self.dims):
             raise ValueError(f"contexts are {sorted(contexts)}; the memory keeps {sorted(self.dims)}, all in step.")
         check_banks(contexts, self, "contexts", list(self.dims))
-        _, world_size = distributed.rank_and_world_size()
-        count *= world_size
-        if count > self.size:
-            raise ValueError(
-                f"a batch of {count} over {world_size} rank(s) does not fit a bank of {self.size} rows; make size at "
-                f"least {count}."
-            )
-        return count
+        distributed.check_sizes(count)
 
-    @override
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.pointer)
+    @torch.no_grad()
+    def write(self, contexts: Contexts) -> None:
+        """`enqueue` what has been checked."""
+        batch = distributed.gather(torch.cat([contexts[name].to(self[name]) for name in self], dim=1))
+        newest = batch[-self.size :]
+        # By tensors of the device alone: nothing waits, and each replay of a CUDA graph writes to other rows.
+        finite = torch.linalg.vector_norm(batch, torch.inf) < torch.inf
+        first = self._count + (len(batch) - len(newest))
+        places = (torch.arange(len(newest), device=first.device) + first) % self.size
+        for name, rows in zip(self, newest.split(list(self.dims.values()), dim=1), strict=True):
+            self[name].index_copy_(0, places, torch.where(finite, rows, self[name][places]))
+        self._count.add_(finite * len(batch)).remainder_(self.size)
 
-    @override
-    def set_extra_state(self, state: Tensor) -> None:
-        self.pointer = int(state)
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget every embedding: random unit rows again, as at the start."""
+        for name, rows in _unit_rows(self.dims, self.size, torch.float32, self.seed).items():
+            self[name].copy_(rows)
+        self._set_count(0)
 
     @override
     def extra_repr(self) -> str:
         return f"{self.dims}, size={self.size}, pointer={self.pointer}"
+
+
+def _unit_rows(dims: Mapping[str, int], size: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Random unit rows, the same on every device that is the default."""
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    rows = {name: torch.randn(size, dim, generator=generator, device="cpu") for name, dim in dims.items()}
+    return {name: F.normalize(x, dim=1).to(device, dtype) for name, x in rows.items()}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cgh import distributed
 from cgh.centring import Centring
 from cgh.encoder import ContextEncoder
+from cgh.finite import check_soon
 from cgh.hypercolumn import HypercolumnExtractor
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, CrossContextLoss, InfoNCELoss
 from cgh.memory import MemoryBank
 from cgh.schedules import LossWeights, Weights
 from cgh.shuffle import BatchShuffle
+from cgh.state import Counted
 from cgh.teacher import EMATeacher
 
 
@@ -29,20 +32,24 @@ class CGHOutput(NamedTuple):
     terms: dict[tuple[str, str], Tensor]
     """The relation terms, scalars by (learner, guide)."""
     weights: Weights
-    """What InfoNCE and each of two relation terms count in the total."""
+    """What InfoNCE and each of two relation terms count in the total, scalars of the loss's device."""
     student: dict[str, Tensor]
     """The student's embeddings of the strong view, `(N, D)` by name."""
     teacher: dict[str, Tensor]
     """The teacher's embeddings of the weak view, `(N, D)` by name; `CGH.update` puts them into the memory."""
 
 
-class CGH(nn.Module):
+class CGH(Counted):
     """Cross-context learning between global and hypercolumn features: student, teacher, memory and losses.
 
-    Its whole state is in `state_dict`. It may be wrapped by DistributedDataParallel: the memory is not broadcast.
+    Its whole state is in `state_dict`. It may be wrapped by DistributedDataParallel: the memory is not broadcast. It
+    may be compiled: `torch.compile(model)` makes one graph for the warm-up and one for all that follows. No step waits
+    for an accelerator, so values that are not finite are an error a step or so later there, and at once on a CPU.
 
     Args:
-        backbone: any module whose output is its pooled feature, or a `HypercolumnExtractor` of one.
+        backbone: any module whose output is its pooled feature, or a `HypercolumnExtractor` of one. It is used in
+            place, not copied, and loses its classifier if it is one of torchvision's or timm's: pass
+            `copy.deepcopy(backbone)` to keep it.
         layers: dotted names of the hypercolumn's layers, by default `["layer3", "layer4"]`, or of several hypercolumns;
             see `HypercolumnExtractor`, which has them already.
         dim: width of the embeddings, one for all contexts or one for each by name.
@@ -52,8 +59,9 @@ class CGH(nn.Module):
         student_temperature: one for all contexts, or one for each by name.
         teacher_temperature: likewise.
         infonce_temperature: of the warm-up's loss.
-        warmup_steps: optimiser steps over which InfoNCE fades out; the paper's is 5 epochs' worth.
-        pairs: (learner, guide) names; by default each context learns from the other.
+        warmup_steps: calls of `update` over which InfoNCE fades out; the paper's is 5 epochs' worth.
+        pairs: (learner, guide) names; by default each context learns from the other. A context that learns from none
+            has InfoNCE alone, and past the warm-up a gradient of zero.
         centring_momentum: of the teacher's `Centring`; `None`, the paper's choice, is without.
         memory_dtype: of the banks' rows.
         shuffle: shuffle the teacher's batch; see `BatchShuffle`.
@@ -113,7 +121,26 @@ class CGH(nn.Module):
         self.relation_loss = CrossContextLoss(student_temperature, teacher_temperature, pairs, centring)
         self.infonce_loss = InfoNCELoss(infonce_temperature)
         self.weights = LossWeights(warmup_steps)
-        self.steps = 0
+        self._warming_up = warmup_steps > 0
+        self._finished: list[dict[str, Tensor]] = []  # what the last update was of
+
+    if TYPE_CHECKING:
+
+        def __call__(self, strong: Tensor, weak: Tensor, *local_views: Tensor) -> CGHOutput: ...
+
+    @property
+    def steps(self) -> int:
+        """Calls of `update` so far, which are the optimiser's steps. Reading it waits for an accelerator."""
+        return self._get_count()
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._set_count(steps)
+
+    @override
+    def _set_count(self, count: int) -> None:
+        super()._set_count(count)
+        self._warming_up = count < self.weights.warmup_steps
 
     @override
     def forward(self, strong: Tensor, weak: Tensor, *local_views: Tensor) -> CGHOutput:
@@ -130,27 +157,54 @@ class CGH(nn.Module):
         extra = [self.student(view, contexts=["global"]) for view in local_views]
         teacher = self.teacher(weak) if self.shuffle is None else self.shuffle(self.teacher, weak)
 
-        weights = self.weights(self.steps)
         terms = self.relation_loss.terms(student, teacher, self.memory, *extra)
         relation = torch.stack(list(terms.values())).mean()
         # Past the warm-up InfoNCE is not computed: it would cost as much as the relations.
-        infonce = self.infonce_loss(student, teacher, self.memory) if weights.infonce else relation.new_zeros(())
+        infonce = relation.new_zeros(())
+        if self._warming_up:
+            infonce = self.infonce_loss(student, teacher, self.memory)
+        weights = self.weights.of(self._count.to(relation.dtype))
         loss = weights.infonce * infonce + 2 * weights.relation * relation
+        # DistributedDataParallel waits for a gradient of every parameter, also of those that nothing learns by.
+        idle = student.keys() - {learner for learner, _ in terms}
+        loss = loss + sum(0 * student[name].sum() for name in idle)
         return CGHOutput(loss, infonce, terms, weights, student, teacher)
 
-    def update(self, output: CGHOutput) -> None:
-        """Finish a step, after the optimiser's: move the teacher, the centres if any, and fill the memory."""
-        self.memory.check(output.teacher)
+    @distributed.outside_graphs
+    def update(self, *outputs: CGHOutput) -> None:
+        """Finish a step of the optimiser, after it: move the teacher, the centres if any, and fill the memory.
+
+        Call it once for each step of the optimiser, with the outputs of all batches whose gradients that step took:
+        one, or several where gradients are accumulated. Then the memory gets all of them, and the teacher, the warm-up
+        and `steps` count one step, as they would of one batch of that size.
+
+        Raises:
+            ValueError: no output; an output that has been given before; embeddings that are not finite, or of ranks
+                with batches of different sizes. On a CPU nothing has changed by then.
+        """
+        batches = [output.teacher for output in outputs]
+        if not batches:
+            raise ValueError("update takes the outputs of the batches that the optimiser's step was of; got none.")
+        if len({id(batch) for batch in (*batches, *self._finished)}) < len(batches) + len(self._finished):
+            raise ValueError(
+                "an output was given to update twice; call it once after each step of the optimiser, with the outputs "
+                "of that step's batches."
+            )
+        teacher, student = _joined(batches), _joined([output.student for output in outputs])
+        self.memory.check(teacher)
+        check_soon({f"student[{name!r}]": x for name, x in student.items()})
+        check_soon({f"teacher[{name!r}]": x for name, x in teacher.items()})
         self.teacher.update(self.student)
         if self.relation_loss.centring is not None:
-            self.relation_loss.centring.update(output.teacher, self.memory)
-        self.memory.enqueue(output.teacher)
-        self.steps += 1
+            self.relation_loss.centring.update(teacher, self.memory)
+        self.memory.write(teacher)
+        self._finished = batches
+        self._advance()
+        self._warming_up = self._seen < self.weights.warmup_steps
 
-    @override
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.steps)
 
-    @override
-    def set_extra_state(self, state: Tensor) -> None:
-        self.steps = int(state)
+def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Embeddings of several batches as of one."""
+    if len(batches) == 1:
+        return dict(batches[0])
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

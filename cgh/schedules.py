@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up from 0 to `base`, then a cosine to 0.
-
-    With `base=1` it is a factor for `torch.optim.lr_scheduler.LambdaLR`.
 
     Args:
         base: the highest learning rate; the paper's is 0.05 x batch / 256.
@@ -44,6 +46,26 @@ class LearningRate:
         if step == self.steps:
             return 0.0
         return self.base * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / (self.steps - self.warmup_steps)))
+
+    def scheduler(self, optimizer: Optimizer, last_step: int = -1) -> LambdaLR:
+        """Return this schedule as one of torch's, to be stepped after every step of the optimiser.
+
+        Args:
+            optimizer: the highest rate of each of its groups is the one that the group has, as made with `lr=base`.
+            last_step: as `last_epoch` of torch's.
+
+        Example:
+            >>> import torch, cgh
+            >>> schedule = cgh.LearningRate(base=0.05, steps=1000, warmup_steps=100)
+            >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=schedule.base)
+            >>> scheduler = schedule.scheduler(optimizer)
+            >>> for _ in range(50):
+            ...     optimizer.step()
+            ...     scheduler.step()
+            >>> optimizer.param_groups[0]["lr"]
+            0.025
+        """
+        return LambdaLR(optimizer, replace(self, base=1.0), last_step)
 
 
 @dataclass(frozen=True)
@@ -85,9 +107,9 @@ class TeacherMomentum:
 class Weights(NamedTuple):
     """What each loss counts in the total."""
 
-    infonce: float
+    infonce: float | Tensor
     """The weight of InfoNCE, `1 - a`."""
-    relation: float
+    relation: float | Tensor
     """The weight of each of the two relation terms, `a / 2`."""
 
 
@@ -115,7 +137,13 @@ class LossWeights:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it is 0 or more.")
 
     def __call__(self, step: int) -> Weights:
+        """Return the weights at a step as numbers."""
         if step < 0:
             raise ValueError(f"step is {step}; it is 0 or more.")
         a = step / self.warmup_steps if step < self.warmup_steps else 1.0
+        return Weights(infonce=1.0 - a, relation=a / 2)
+
+    def of(self, step: Tensor) -> Weights:
+        """Return the weights at a step that is a scalar of a device, floating point, as such scalars."""
+        a = (step / self.warmup_steps).clamp(max=1.0) if self.warmup_steps else step * 0 + 1
         return Weights(infonce=1.0 - a, relation=a / 2)

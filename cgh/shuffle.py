@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from cgh import distributed
+from cgh.state import Counted
+
+Integer = TypeVar("Integer", int, Tensor)
 
 
-class BatchShuffle(nn.Module):
+class BatchShuffle(Counted):
     """Runs an encoder on a shuffled batch and puts its outputs back in order (MoCo's "shuffling BN").
 
     Without it, a student and a teacher that see the same images on the same device can find the positive pair by its
@@ -27,6 +31,10 @@ class BatchShuffle(nn.Module):
     Shape:
         `(encoder, images (N, ...))` -> the encoder's contexts, `(N, D)` each.
 
+    Raises:
+        ValueError: the ranks' batches have different sizes; every rank says so.
+        RuntimeError: a rank is missing.
+
     Example:
         >>> import torch, cgh
         >>> shuffle = cgh.BatchShuffle(seed=0)
@@ -39,25 +47,67 @@ class BatchShuffle(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
-        self.calls = 0
+
+    @property
+    def calls(self) -> int:
+        """Batches shuffled so far. Reading it waits for an accelerator."""
+        return self._get_count()
+
+    @calls.setter
+    def calls(self, calls: int) -> None:
+        self._set_count(calls)
 
     @override
     @torch.no_grad()
     def forward(self, encoder: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
         _, world_size = distributed.rank_and_world_size()
-        generator = torch.Generator().manual_seed(self.seed + self.calls)
-        permutation = torch.randperm(len(images) * world_size, generator=generator)
-        self.calls += 1
-        contexts = encoder(distributed.permute(images, permutation))
-        inverse = torch.argsort(permutation)
+        if world_size == 1:
+            order = permutation(len(images), self.seed, self._count, self._count.device)
+            self._count.add_(1)
+        else:
+            order = self._shared_order(len(images), world_size)
+        contexts = encoder(distributed.permute(images, order))
+        inverse = torch.argsort(order)
         embeddings = distributed.permute(torch.cat(list(contexts.values()), dim=1), inverse)
         widths = [x.shape[1] for x in contexts.values()]
         return dict(zip(contexts, embeddings.split(widths, dim=1), strict=True))
 
-    @override
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.calls)
+    @distributed.outside_graphs
+    def _shared_order(self, size: int, world_size: int) -> Tensor:
+        """The order of the global batch, on the host, which has to know which rank sends how much to which."""
+        distributed.check_sizes(size)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph cannot shuffle over several ranks, as all its replays would be of one order: pass "
+                "shuffle=False, and use synchronised batch norm."
+            )
+        order = permutation(size * world_size, self.seed, self._seen, torch.device("cpu"))
+        self._advance()
+        return order
 
-    @override
-    def set_extra_state(self, state: Tensor) -> None:
-        self.calls = int(state)
+
+def permutation(size: int, seed: int, call: Integer, device: torch.device) -> Tensor:
+    """Return a permutation of `range(size)` that follows from the seed and the number of the call.
+
+    It is computed by whole numbers alone: it is the same on every device and in every graph, and no generator's state
+    has to travel.
+
+    Example:
+        >>> import torch
+        >>> from cgh.shuffle import permutation
+        >>> permutation(5, seed=0, call=3, device=torch.device("cpu")).sort().values
+        tensor([0, 1, 2, 3, 4])
+    """
+    start = _mix((call + _mix(seed & _MASK)) & _MASK)
+    return torch.argsort(_mix((torch.arange(size, device=device) + start) & _MASK))
+
+
+_MASK = 2**31 - 1
+"""Numbers of 31 bits, whose products fit the 63 of an integer tensor."""
+
+
+def _mix(x: Integer) -> Integer:
+    """Map numbers of 31 bits to one another, one to one, such that neighbours come to lie anywhere."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & _MASK
+    return x ^ (x >> 16)

@@ -55,3 +55,22 @@ def test_the_teachers_momentum_rises_in_a_cosine_and_stays() -> None:
     torch.nn.init.zeros_(teacher.encoder.weight)
     teacher.update(student)
     assert teacher.encoder.weight.item() == pytest.approx(0.1)
+
+
+def test_weights_of_a_step_on_the_device_are_those_of_its_number() -> None:
+    for weights in (cgh.LossWeights(3), cgh.LossWeights(0)):
+        for step in range(6):
+            assert tuple(weights.of(torch.tensor(step, dtype=torch.float64))) == tuple(weights(step))
+
+
+def test_as_a_scheduler_of_torch() -> None:
+    schedule = cgh.LearningRate(0.5, steps=6, warmup_steps=2)
+    parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.1}], lr=schedule.base)
+    scheduler = schedule.scheduler(optimizer)
+    for step in range(7):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([schedule(step), schedule(step) / 5])
+        optimizer.step()
+        if step < 6:
+            scheduler.step()

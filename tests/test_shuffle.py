@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor
 
 import cgh
+from cgh.shuffle import permutation
 from tests.conftest import small_encoder
 
 
@@ -59,3 +61,14 @@ def test_keeps_channels_last() -> None:
         return {"global": x.flatten(1)}
 
     assert torch.equal(cgh.BatchShuffle()(encoder, images)["global"], images.flatten(1))
+
+
+def test_permutations_are_even_and_the_same_wherever_they_are_computed() -> None:
+    cpu = torch.device("cpu")
+    drawn = [tuple(permutation(3, seed, call, cpu).tolist()) for seed in range(40) for call in range(60)]
+    counts = [drawn.count(order) for order in itertools.permutations(range(3))]
+    assert sum(counts) == 2400
+    assert max(abs(count - 400) for count in counts) < 4 * (400 * 5 / 6) ** 0.5
+    big = permutation(4096, 2**40 + 1, 5, cpu)
+    assert torch.equal(big.sort().values, torch.arange(4096))
+    assert torch.equal(big, permutation(4096, 2**40 + 1, torch.tensor(5), cpu))

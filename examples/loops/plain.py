@@ -9,17 +9,20 @@ from __future__ import annotations
 import task
 
 
-def train() -> list[float]:
-    """Return the loss of every step."""
+def train(accumulate: int = 1) -> list[float]:
+    """Return the loss of every batch; the gradients of `accumulate` of them make a step."""
     model, optimizer, loader = task.build()
-    losses = []
+    losses, outputs = [], []
     for strong, weak in loader:
         output = model(strong, weak)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        model.update(output)  # the teacher follows, the memory fills
+        (output.loss / accumulate).backward()
+        outputs.append(output)
         losses.append(output.loss.item())
+        if len(outputs) == accumulate:
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update(*outputs)  # the teacher follows, the memory fills
+            outputs.clear()
     return losses
 
 

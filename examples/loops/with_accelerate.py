@@ -10,18 +10,22 @@ import task
 from accelerate import Accelerator
 
 
-def train() -> list[float]:
-    """Return the loss of every step."""
-    accelerator = Accelerator(cpu=True)
+def train(accumulate: int = 1) -> list[float]:
+    """Return the loss of every batch; the gradients of `accumulate` of them make a step."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model, optimizer, loader = accelerator.prepare(*task.build())
-    losses = []
+    losses, outputs = [], []
     for strong, weak in loader:
-        output = model(strong, weak)
-        optimizer.zero_grad()
-        accelerator.backward(output.loss)
-        optimizer.step()
-        accelerator.unwrap_model(model).update(output)
+        with accelerator.accumulate(model):
+            output = model(strong, weak)
+            accelerator.backward(output.loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        outputs.append(output)
         losses.append(output.loss.item())
+        if accelerator.sync_gradients:
+            accelerator.unwrap_model(model).update(*outputs)
+            outputs.clear()
     return losses
 
 

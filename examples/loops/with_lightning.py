@@ -6,6 +6,8 @@ python examples/loops/with_lightning.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L  # its documentation's name
 import task
 import torch
@@ -22,27 +24,32 @@ class LitCGH(L.LightningModule):
         self.model = model
         self.optimizer = optimizer
         self.losses: list[float] = []
+        self.outputs: list[cgh.CGHOutput] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         strong, weak = batch
-        self.output = self.model(strong, weak)
-        self.losses.append(self.output.loss.item())
-        return self.output.loss
+        output = self.model(strong, weak)
+        self.outputs.append(output)
+        self.losses.append(output.loss.item())
+        return output.loss
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self.model.update(self.output)  # after the optimizer's step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.model.update(*self.outputs)  # of all batches whose gradients the step took
+        self.outputs.clear()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer
 
 
-def train() -> list[float]:
-    """Return the loss of every step."""
+def train(accumulate: int = 1) -> list[float]:
+    """Return the loss of every batch; the gradients of `accumulate` of them make a step."""
     model, optimizer, loader = task.build()
     module = LitCGH(model, optimizer)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,26 @@ def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("package", ["lightning", "accelerate"])
+@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.filterwarnings("ignore")
-def test_the_same_losses_as_the_plain_loop(package: str) -> None:
+def test_the_same_losses_and_counts_as_the_plain_loop(
+    package: str, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(package)
-    plain = importlib.import_module("plain").train()
-    assert len(plain) == 8
-    assert len(set(plain)) == 8
-    assert importlib.import_module(f"with_{package}").train() == pytest.approx(plain, rel=1e-6)
+    task, models = importlib.import_module("task"), []
+    build = task.build
+
+    def keeping() -> tuple[Any, ...]:
+        models.append(parts := build())
+        return parts
+
+    monkeypatch.setattr(task, "build", keeping)
+    plain = importlib.import_module("plain").train(accumulate)
+    assert len(plain) == len(set(plain)) == 8
+    assert importlib.import_module(f"with_{package}").train(accumulate) == pytest.approx(plain, rel=1e-6)
+    for model, _, _ in models:
+        assert model.steps == model.teacher.updates == 8 // accumulate
+        assert model.memory.pointer == 8 * 48 % 256
 
 
 def test_beside_the_loss_of_another_method() -> None:
