@@ -86,8 +86,8 @@ def trained_backbone(
     config = content.get("config")
     said = {**content, **(config if isinstance(config, Mapping) else {})}  # the reference has no config, but an "arch"
     if small_images is None:
-        small_images = bool(said.get("small_images", _has_small_stem(state)))
-    arch = arch or said.get("arch") or _find_arch(state, small_images, path)
+        small_images = bool(said.get("small_images", has_small_stem(state)))
+    arch = arch or said.get("arch") or find_arch(state, small_images, path)
     model = create(arch, small_images, said.get("crop_size") if image_size is None else image_size)
     classifier = model.state_dict().keys()
     remove_classifier(model)
@@ -106,8 +106,8 @@ def _resnets() -> list[str]:
     return [name for name in torchvision_names() if name.startswith(("resnet", "resnext", "wide_resnet"))]
 
 
-def _has_small_stem(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are a ResNet's tensors with its 3x3 stem; a deep stem of timm's has no `conv1.weight`."""
+def has_small_stem(state: Mapping[str, Tensor]) -> bool:
+    """Return whether these are a ResNet's tensors with its 3x3 stem; a deep stem of timm's has no `conv1.weight`."""
     stem = state.get("conv1.weight")
     return stem is not None and stem.shape[-1] == 3
 
@@ -132,8 +132,12 @@ def _backbone_state(tensors: Mapping[str, Tensor], key: str | None, path: str | 
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
-    """The architecture whose tensors have the names and shapes of `state`."""
+def find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
+    """Return the ResNet of torchvision whose tensors have the names and shapes of `state`.
+
+    Raises:
+        ValueError: there is none.
+    """
 
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
         left_out = ("fc.", "num_batches_tracked")
