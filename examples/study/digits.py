@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import tyro
-from factors import factors_table, measure
+from factors import FACTORS, factors_table, measure
 from methods import METHODS, TARGETS, Learner, Settings
 from results import add_rows, commit, markdown, mean_and_spread, read_rows
 from rich.console import Console
@@ -60,6 +60,8 @@ class Factors:
     """Runs of the quickstart's settings, which tell the noise."""
     seeds: int = 2
     """Runs of each change."""
+    factors: tuple[str, ...] = tuple(FACTORS)
+    """Names of what to change."""
     epochs: int = 80
     results: Path = RESULTS / "digits-factors.csv"
     """Gets a row for each run."""
@@ -97,7 +99,7 @@ def factors(command: Factors) -> None:
         figures = train(command.method, seed, command.epochs, settings, held_out=HELD_OUT)
         return {"epochs": command.epochs, **figures}
 
-    measure(command.results, command.method, SETTINGS, command.noise_seeds, command.seeds, judge)
+    measure(command.results, command.method, SETTINGS, command.noise_seeds, command.seeds, judge, command.factors)
     print(factors_table(read_rows(command.results), *QUANTITIES[::-1]))
 
 

@@ -33,6 +33,7 @@ def measure(
     noise_seeds: int,
     seeds: int,
     judge: Callable[[Settings, str, int], Mapping[str, Any]],
+    names: Sequence[str] = tuple(FACTORS),
 ) -> None:
     """Add a row to `results` for each run of the start and of each change; what has a row is not repeated.
 
@@ -43,11 +44,18 @@ def measure(
         noise_seeds: runs of the start; its spread is the noise that a difference has to exceed.
         seeds: runs of each change.
         judge: from settings, the change in words and a seed to a run's figures.
+        names: of the factors to change.
+
+    Raises:
+        ValueError: there is no such factor.
     """
+    for name in names:
+        if name not in FACTORS:
+            raise ValueError(f"there is no factor {name!r}; there are {', '.join(map(repr, FACTORS))}.")
     commit()  # that which runs, whatever is committed until the last row
     trials: list[tuple[str, dict[str, Any], int]] = [("start", {}, noise_seeds)]
-    for factor, changes in FACTORS.items():
-        trials += [(factor, change, seeds) for change in changes if replace(start, **change) != start]
+    for factor in names:
+        trials += [(factor, change, seeds) for change in FACTORS[factor] if replace(start, **change) != start]
     for factor, change, count in trials:
         words = [f"{key} {' '.join(x) if isinstance(x, tuple) else x}" for key, x in change.items()]
         name = ", ".join(words) or "start"

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import tyro
-from factors import factors_table, measure
+from factors import FACTORS, factors_table, measure
 from graph import Graphed
 from images import Images, load
 from methods import METHODS, TARGETS, Learner, Method, Settings, resnet18
@@ -128,6 +128,8 @@ class Factors(Budget):
     """Runs of that start, which tell the noise."""
     seeds: int = 2
     """Runs of each change."""
+    factors: tuple[str, ...] = tuple(FACTORS)
+    """Names of what to change."""
     results: Path = RESULTS / "factors.csv"
     """Gets a row for each run."""
 
@@ -236,7 +238,7 @@ def factors(config: Factors) -> None:
         figures = {quantity: result[quantity] for quantity in (*QUANTITIES, *TARGETS, "images/s")}
         return {"epochs": config.epochs, "images": len(study.train.labels), **figures}
 
-    measure(config.results, config.method, config.settings, config.noise_seeds, config.seeds, judge)
+    measure(config.results, config.method, config.settings, config.noise_seeds, config.seeds, judge, config.factors)
     console.print(factors_table(read_rows(config.results), *QUANTITIES), soft_wrap=True, highlight=False)
 
 

@@ -273,7 +273,9 @@ def test_factors_are_told_from_the_noise(study: ModuleType, tmp_path: Path, monk
     monkeypatch.setattr(factors, "FACTORS", {"layers": ({"layers": ("layer4",)}, {"layers": ("layer3", "layer4")})})
     root, results = make_images(tmp_path / "images", "train"), tmp_path / "factors.csv"
     small = options(study, root, tmp_path / "out", epochs=1)
-    command = study.Factors(results=results, noise_seeds=2, seeds=1, **small)
+    command = study.Factors(results=results, noise_seeds=2, seeds=1, factors=("layers",), **small)
+    with pytest.raises(ValueError, match="no factor 'depth'; there are 'layers'"):
+        study.main(study.Factors(results=results, factors=("depth",), **small))
     study.main(command)
     rows = list(csv.DictReader(results.open()))
     assert [(row["change"], row["seed"]) for row in rows] == [("start", "0"), ("start", "1"), ("layers layer4", "0")]
