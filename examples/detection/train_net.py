@@ -1,4 +1,4 @@
-"""Faster R-CNN on a pre-trained backbone by detectron2, as the paper transfers to VOC and COCO.
+"""Faster and Mask R-CNN on a pre-trained backbone by detectron2, as the paper transfers to VOC and COCO.
 
 python examples/detection/convert.py runs/imagenet/checkpoint.pt runs/imagenet/backbone.pkl
 python examples/detection/train_net.py examples/detection/configs/voc_c4_24k.yaml \
@@ -157,8 +157,10 @@ def configure(config: Config) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("PyTorch sees no GPU: training on the CPU.")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and plain_norms(cfg):
-        logger.warning("Synchronised batch norms cannot run on the CPU: plain ones take their place.")
+    if cfg.MODEL.DEVICE == "cpu":
+        cfg.SOLVER.AMP.ENABLED = False  # detectron2 has mixed precision on GPUs alone
+        if plain_norms(cfg):
+            logger.warning("Synchronised batch norms cannot run on the CPU: plain ones take their place.")
     return cfg
 
 
@@ -200,6 +202,10 @@ def register(config: Config, cfg: CfgNode) -> None:
         for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]:
             check_own_data(name)
         return
+    if cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"--train and --test are read as boxes, but {config.recipe} learns masks; take its ..._boxes.yaml."
+        )
     if not config.train or not config.test:
         raise ValueError("name both --train and --test, or neither for the recipe's own data.")
     train = read(config.train, config.classes or None, config.skip_bad_boxes)

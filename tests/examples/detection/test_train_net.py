@@ -19,7 +19,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "detection"
 CONFIGS = EXAMPLE / "configs"
-RECIPES = ["voc_c4_24k", "coco_c4_1x", "coco_c4_2x", "coco_fpn_1x", "coco_fpn_2x"]
+MASKS = ["coco_c4_1x", "coco_c4_2x", "coco_fpn_1x", "coco_fpn_2x"]
+RECIPES = ["voc_c4_24k", *MASKS, *(f"{name}_boxes" for name in MASKS)]
 
 pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
 needs_detectron2 = pytest.mark.skipif(not importlib.util.find_spec("detectron2"), reason="detectron2 is not installed")
@@ -51,10 +52,14 @@ def test_what_the_protocol_asks_of_every_recipe(recipe: str) -> None:
     assert config["TEST"]["PRECISE_BN"]["ENABLED"] is True
     assert config["SOLVER"]["IMS_PER_BATCH"] == 16
     assert config["SOLVER"]["BASE_LR"] == 0.02
+    assert config["SOLVER"]["AMP"]["ENABLED"] is True
+    assert model.get("MASK_ON", False) is (recipe in MASKS)
     if "_c4_" in recipe:
         assert model["ROI_HEADS"]["NAME"] == "Res5NormROIHeads"
     else:
         assert model["FPN"]["NORM"] == "SyncBN"
+        layers = [model["ROI_BOX_HEAD"][key] for key in ("NUM_CONV", "NUM_FC", "NORM")]
+        assert layers == ([0, 2, ""] if recipe.endswith("boxes") else [4, 1, "SyncBN"])
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,10 @@ def test_what_the_protocol_asks_of_every_recipe(recipe: str) -> None:
         ("coco_c4_2x", 180_000, [120_000, 160_000], ["coco_2017_train"]),
         ("coco_fpn_1x", 90_000, [60_000, 80_000], ["coco_2017_train"]),
         ("coco_fpn_2x", 180_000, [120_000, 160_000], ["coco_2017_train"]),
+        ("coco_c4_1x_boxes", 90_000, [60_000, 80_000], ["coco_2017_train"]),
+        ("coco_c4_2x_boxes", 180_000, [120_000, 160_000], ["coco_2017_train"]),
+        ("coco_fpn_1x_boxes", 90_000, [60_000, 80_000], ["coco_2017_train"]),
+        ("coco_fpn_2x_boxes", 180_000, [120_000, 160_000], ["coco_2017_train"]),
     ],
 )
 def test_schedules_and_data(recipe: str, iterations: int, steps: list[int], train: list[str]) -> None:
@@ -166,7 +175,7 @@ def test_the_truth_as_prediction_has_an_average_precision_of_100(
 
 
 @needs_detectron2
-@pytest.mark.parametrize("recipe", ["voc_c4_24k", "coco_fpn_1x"])
+@pytest.mark.parametrize("recipe", ["voc_c4_24k", "coco_fpn_1x_boxes"])
 def test_one_switch_keeps_trains_or_drops_the_weights(
     train_net: ModuleType, squares: Path, weights: Path, recipe: str
 ) -> None:
@@ -214,11 +223,11 @@ def test_synchronised_norms_make_way_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_net.logger, "propagate", True)
     monkeypatch.setattr(train_net.logging.getLogger("detectron2"), "propagate", True)
-    _, cfg = configuration(train_net, squares, "coco_fpn_1x", backbone="scratch")
+    _, cfg = configuration(train_net, squares, "coco_fpn_1x_boxes", backbone="scratch")
     assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.DEVICE) == ("BN", "BN", "cpu")
     assert "Synchronised batch norms cannot run on the CPU" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, cfg = configuration(train_net, squares, "coco_fpn_1x", backbone="scratch")
+    _, cfg = configuration(train_net, squares, "coco_fpn_1x_boxes", backbone="scratch")
     assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.DEVICE) == ("SyncBN", "SyncBN", "cuda")
 
 
@@ -245,7 +254,7 @@ def test_bad_switches_are_told(train_net: ModuleType, squares: Path, weights: Pa
 
 @needs_detectron2
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["voc_c4_24k", "coco_fpn_1x"])
+@pytest.mark.parametrize("recipe", ["voc_c4_24k", "coco_fpn_1x_boxes"])
 def test_a_run_stopped_resumed_and_evaluated(train_net: ModuleType, squares: Path, weights: Path, recipe: str) -> None:
     def run(iterations: int, *more: str) -> str:
         sources = [
