@@ -1,10 +1,10 @@
-"""Learn handwritten digits without their labels, on the CPU, in two minutes.
+"""Learn handwritten digits without their labels, on the CPU, in a minute or two.
 
 pip install "cgh-ssl[examples]"
 python examples/quickstart.py
 
-A small network is trained by CGH, and another by InfoNCE alone at the same cost. A table tells how well images of the
-same digit lie together in what they learned; a checkpoint and pictures go to runs/quickstart.
+A small network is trained by CGH, and another by InfoNCE alone. A table tells how well images of the same digit lie
+together in what they learned; a checkpoint and pictures go to runs/quickstart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kornia.augmentation as K
 import torch
@@ -31,6 +31,7 @@ from cgh import plot
 
 TRAIN, BATCH = 1400, 128  # the other 397 images are for testing
 STEPS = TRAIN // BATCH  # an epoch
+HELD_OUT = 300  # of the training images, where settings are to be chosen
 
 strong_view = nn.Sequential(
     K.RandomAffine(degrees=20, translate=(0.08, 0.08), scale=(0.8, 1.25), shear=(-15, 15, -15, 15), p=1.0),
@@ -46,11 +47,32 @@ class Config:
     """Learn handwritten digits without their labels."""
 
     epochs: int = 80
-    """Passes over the training images, for each method."""
+    """Passes over the training images by CGH."""
+    infonce_epochs: int = 25
+    """Passes by InfoNCE alone."""
+    learning_rate: float = 3e-3
+    """The highest, of both."""
+    momentum: float = 0.98
+    """Of the teacher."""
+    warmup: float = 0.25
+    """Share of CGH's steps over which InfoNCE fades out."""
     seed: int = 0
     """Of the networks' start, the order of the images and their views."""
+    validate: bool = False
+    """Judge by 300 of the training images, which are then not trained on; the test images stay untouched."""
     out: Path = Path("runs/quickstart")
     """Where the checkpoint and the pictures go."""
+
+
+class Digits(NamedTuple):
+    """Images to train on, followed by those to judge by."""
+
+    images: Tensor
+    """`(N, 1, 32, 32)` in [0, 1]."""
+    labels: Tensor
+    """`(N,)`."""
+    train: int
+    """How many are to train on."""
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -59,6 +81,14 @@ def digits() -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return F.interpolate(images[order], size=32, mode="bilinear"), torch.from_numpy(data.target)[order]
+
+
+def split(config: Config) -> Digits:
+    """Return all digits, or with `validate` those for training alone."""
+    images, labels = digits()
+    return (
+        Digits(images[:TRAIN], labels[:TRAIN], TRAIN - HELD_OUT) if config.validate else Digits(images, labels, TRAIN)
+    )
 
 
 def network(width: int = 16) -> nn.Sequential:
@@ -70,26 +100,29 @@ def network(width: int = 16) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
 
 
-def method(config: Config, warmup: float = 0.25, **options: Any) -> cgh.CGH:
-    """Return CGH with a new network; InfoNCE fades out over the share `warmup` of the steps."""
+def method(config: Config, **options: Any) -> cgh.CGH:
+    """Return CGH with a new network; InfoNCE fades out over a share of the steps."""
     torch.manual_seed(config.seed)
     sizes: dict[str, Any] = {"dim": 64, "hidden_dim": 256, "memory_size": 2048, "image_shape": (1, 32, 32)}
-    steps = round(warmup * config.epochs * STEPS)
-    return cgh.CGH(network(), momentum=0.98, warmup_steps=steps, **(sizes | options))
+    warmup = {"warmup_steps": round(config.warmup * config.epochs * (split(config).train // BATCH))}
+    return cgh.CGH(network(), momentum=config.momentum, **(sizes | warmup | options))
 
 
 def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, infonce: bool = False) -> dict[str, Any]:
     """Train `model`, by its InfoNCE alone if so asked, and return its curves."""
-    images, labels = digits()
-    schedule = cgh.LearningRate(base=3e-3, steps=config.epochs * STEPS, warmup_steps=config.epochs * STEPS // 20)
+    data = split(config)
+    steps_per_epoch = data.train // BATCH
+    epochs = config.infonce_epochs if infonce else config.epochs
+    steps = epochs * steps_per_epoch
+    schedule = cgh.LearningRate(base=config.learning_rate, steps=steps, warmup_steps=steps // 20)
     optimizer = torch.optim.AdamW(model.student.parameters(), weight_decay=1e-4)
     curves: dict[str, dict[int, float]] = {"InfoNCE": {}, "relations": {}, "k-NN, %": {}}
-    bar = progress.add_task(name, total=config.epochs, now="")
+    bar = progress.add_task(name, total=epochs, now="")
     torch.manual_seed(config.seed)  # every method sees the same views
-    for epoch in range(config.epochs):
-        for batch in torch.randperm(TRAIN).split(BATCH)[:STEPS]:
+    for epoch in range(epochs):
+        for batch in torch.randperm(data.train).split(BATCH)[:steps_per_epoch]:
             optimizer.param_groups[0]["lr"] = schedule(model.steps)
-            output = model(strong_view(images[batch]), weak_view(images[batch]))
+            output = model(strong_view(data.images[batch]), weak_view(data.images[batch]))
             loss = output.infonce if infonce else output.loss
             optimizer.zero_grad()
             loss.backward()
@@ -98,8 +131,8 @@ def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, info
             curves["relations"][model.steps] = sum(output.terms.values()).item() / len(output.terms)
             if output.weights.infonce:
                 curves["InfoNCE"][model.steps] = output.infonce.item()
-        if epoch % 5 == 4 or epoch + 1 == config.epochs:
-            curves["k-NN, %"][model.steps] = accuracies(embed(model, images)[1], labels)[0]
+        if epoch % 5 == 4 or epoch + 1 == epochs:
+            curves["k-NN, %"][model.steps] = accuracies(embed(model, data.images)[1], data.labels, data.train)[0]
         now = "  ".join(f"{quantity} {[*curve.values()][-1]:.2f}" for quantity, curve in curves.items() if curve)
         progress.update(bar, advance=1, now=now)
     return {quantity: (list(curve), list(curve.values())) for quantity, curve in curves.items()}
@@ -129,30 +162,30 @@ def accuracies(features: Tensor, labels: Tensor, train: int = TRAIN) -> tuple[fl
 
 def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
     """Train InfoNCE alone, CGH and the `others`, print the table, and write the checkpoint and the pictures of CGH."""
-    console, (images, labels) = Console(), digits()
+    console, data = Console(), split(config)
     # Both are the same network on the same views, and compute the same losses; they differ in what they minimise.
-    models = {"InfoNCE alone": method(config, warmup=1.0), "CGH": method(config), **(others or {})}
-    features = {"raw pixels": images.flatten(1), "untrained network": embed(models["CGH"], images)[0]}
+    infonce = method(config, warmup_steps=config.infonce_epochs * STEPS)
+    models = {"InfoNCE alone": infonce, "CGH": method(config), **(others or {})}
+    features = {"raw pixels": data.images.flatten(1), "untrained network": embed(models["CGH"], data.images)[0]}
     with Progress("{task.description}", BarColumn(12), "{task.fields[now]}", TimeElapsedColumn()) as progress:
         curves = {n: pretrain(model, config, progress, n, n == "InfoNCE alone") for n, model in models.items()}
-    features |= {name: embed(model, images)[1] for name, model in models.items()}
+    features |= {name: embed(model, data.images)[1] for name, model in models.items()}
 
     table = Table("", "20 neighbours", "five labels a class")
     for name, x in features.items():
-        table.add_row(name, *(f"{accuracy:.1f} %" for accuracy in accuracies(x, labels)))
+        table.add_row(name, *(f"{accuracy:.1f} %" for accuracy in accuracies(x, data.labels, data.train)))
     console.print(table)
 
     cgh.checkpoint.save(models["CGH"].state_dict(), config.out / "checkpoint.pt")
     plot.save(plot.curves(curves, window=STEPS), config.out / "curves.png")
+    train, test = slice(data.train), slice(data.train, None)
     before, after = features["untrained network"], features["CGH"]
-    similarity = F.normalize(before[TRAIN:], dim=1) @ F.normalize(before[:TRAIN], dim=1).T
-    right = labels[similarity.topk(8).indices] == labels[TRAIN:, None]
-    hard = TRAIN + right.sum(dim=1).argsort(stable=True)[:8]  # those that the untrained network is most often wrong on
-    pairs = {"before training": (before[hard], before[:TRAIN]), "after training": (after[hard], after[:TRAIN])}
-    figure = plot.neighbours(images[hard], images[:TRAIN], pairs, (labels[hard], labels[:TRAIN]))
-    plot.save(figure, config.out / "neighbours.png")
-    maps = {"before training": before[TRAIN:], "after training": after[TRAIN:]}
-    plot.save(plot.embedding(maps, labels[TRAIN:]), config.out / "map.png")
+    shown = torch.stack([data.train + (data.labels[test] == digit).nonzero()[0, 0] for digit in range(10)])
+    pairs = {"before training": (before[shown], before[train]), "after training": (after[shown], after[train])}
+    labels = data.labels[shown], data.labels[train]
+    plot.save(plot.neighbours(data.images[shown], data.images[train], pairs, labels), config.out / "neighbours.png")
+    maps = {"before training": before[test], "after training": after[test]}
+    plot.save(plot.embedding(maps, data.labels[test]), config.out / "map.png")
     console.print(f"checkpoint.pt, curves.png, neighbours.png and map.png are in {config.out}")
 
 

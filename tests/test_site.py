@@ -1,0 +1,81 @@
+"""What the site shows is true: its Python runs, page by page, its links lead somewhere, its drawings match."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import markdown
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+WITH_CODE = [page for page in PAGES if markdown.BLOCK.search(page.read_text(encoding="utf-8"))]
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not here")
+
+# What pages take for granted that speak of a reader's own data: small stand-ins.
+BEFORE = {
+    "reference/evaluate.md": """
+        import torch, torchvision, cgh
+        images = torch.randn(40, 3, 32, 32)
+        labels = torch.arange(40) % 10
+        train_images = test_images = loader = [(x, y) for x, y in zip(images.split(20), labels.split(20))]
+        cgh.checkpoint.save(torchvision.models.resnet18().state_dict(), "runs/imagenet/checkpoint.pt")
+    """,
+}
+NEEDS = {"backbones.md": ["timm"], "data.md": ["kornia"], "parts.md": ["kornia", "matplotlib", "safetensors"]}
+NEEDS |= {"reference/plot.md": ["matplotlib"], "reference/views.md": ["kornia"], "reading.md": ["matplotlib"]}
+NEEDS |= {"reference/evaluate.md": ["sklearn"]}
+
+
+def name(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(name(page), []):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "examples" / "imagenet")])
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    exec(re.sub(r"^        ", "", BEFORE.get(name(page), ""), flags=re.MULTILINE), namespace)
+    markdown.run(page, namespace)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as the site makes them."""
+    headings = re.findall(r"^#{1,3} (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
+    for path in re.findall(r"`((?:examples|benchmarks|tests|cgh|docs)/[\w/.-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_dark_drawings_are_the_light_ones_in_other_colours() -> None:
+    spec = importlib.util.spec_from_file_location("darken", DOCS / "images" / "darken.py")
+    assert spec is not None
+    assert spec.loader is not None
+    darken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(darken)
+    for drawing in darken.DRAWINGS:
+        light, dark = ((DOCS / "images" / f"{drawing}{end}.svg").read_text(encoding="utf-8") for end in ("", "-dark"))
+        assert darken.darken(light) == dark
+        assert not set(darken.DARK) & set(re.findall(r"#[0-9a-f]{6}", dark))
