@@ -22,7 +22,12 @@ html_math_renderer = "mathml"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {"Contexts": "cgh.Contexts", "Banks": "cgh.MemoryBank | dict[str, Tensor]"}
+autodoc_type_aliases = {
+    "AxesLike": "Axes | Sequence[Axes]",
+    "Banks": "cgh.MemoryBank | dict[str, Tensor]",
+    "Contexts": "cgh.Contexts",
+    "Curve": "tuple[Sequence[float], Sequence[float]]",
+}
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
@@ -38,7 +43,7 @@ napoleon_custom_sections = ["Shape"]
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
-    ("py:class", r"Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional"),
+    ("py:class", r"Axes|AxesLike|Curve|Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional"),
     ("py:exc", r"(Type|Value|Key|Runtime|FileNotFound)Error(, (Type|Value)Error)*"),
 ]
 

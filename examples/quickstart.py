@@ -160,6 +160,14 @@ def accuracies(features: Tensor, labels: Tensor, train: int = TRAIN) -> tuple[fl
     return cgh.evaluate.knn(x, y, test, truth, k=20)[20][0], 100 * sum(hits) / len(hits)
 
 
+def typical(features: Tensor, data: Digits) -> Tensor:
+    """Return a test image of each digit `(10,)`: that with its median count of right ones among eight neighbours."""
+    (bank, test), (y, truth) = (each.tensor_split([data.train]) for each in (F.normalize(features, dim=1), data.labels))
+    right = (y[(test @ bank.T).topk(8).indices] == truth[:, None]).sum(dim=1)
+    of_digit = [(truth == digit).nonzero()[:, 0] for digit in range(10)]
+    return torch.stack([places[right[places].median(dim=0).indices] for places in of_digit])
+
+
 def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
     """Train InfoNCE alone, CGH and the `others`, print the table, and write the checkpoint and the pictures of CGH."""
     console, data = Console(), split(config)
@@ -180,7 +188,7 @@ def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
     plot.save(plot.curves(curves, window=STEPS), config.out / "curves.png")
     train, test = slice(data.train), slice(data.train, None)
     before, after = features["untrained network"], features["CGH"]
-    shown = torch.stack([data.train + (data.labels[test] == digit).nonzero()[0, 0] for digit in range(10)])
+    shown = data.train + typical(before, data)
     pairs = {"before training": (before[shown], before[train]), "after training": (after[shown], after[train])}
     labels = data.labels[shown], data.labels[train]
     plot.save(plot.neighbours(data.images[shown], data.images[train], pairs, labels), config.out / "neighbours.png")
