@@ -41,7 +41,7 @@ napoleon_custom_sections = ["Shape"]
 
 # Python's and PyTorch's own inventories would have to be downloaded, so their names are shown without a link.
 nitpick_ignore_regex = [
-    ("py:obj", ".*"),
+    ("py:obj", "(?s).*"),
     ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
     ("py:class", r"Axes|AxesLike|Curve|Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional"),
     ("py:exc", r"(Type|Value|Key|Runtime|FileNotFound)Error(, (Type|Value)Error)*"),
