@@ -1,4 +1,4 @@
-"""Sessions: `python3 -m nox -s tests lint types docs quickstart benchmarks`; arguments after `--` are passed on."""
+"""Sessions: `python3 -m nox -s tests lint types docs quickstart benchmarks gpu`; arguments after `--` are passed on."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def benchmarks(session: nox.Session) -> None:
     install(session, "-e", ".[tests]")
     for script in sorted(Path("benchmarks").glob("*.py")):
         session.run(str(PYTHON), str(script), *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Check and measure the library on a GPU, in four minutes; without one, what a CPU can show."""
+    install(session, "-e", ".[tests]")
+    session.run(str(PYTHON), "benchmarks/gpu.py", *session.posargs)
