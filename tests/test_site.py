@@ -22,6 +22,16 @@ pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the site is not here"
 
 # What pages take for granted that speak of a reader's own data: small stand-ins.
 BEFORE = {
+    "migration.md": """
+        import torch, torchvision, cgh
+        from cgh.interop import reference
+        backbone, dim, memory_size, steps_per_epoch = torchvision.models.resnet18(), 8, 32, 10
+        model = cgh.CGH(backbone, dim=dim, memory_size=memory_size)
+        optimizer = torch.optim.SGD(model.student.parameters(), lr=0.05, momentum=0.9)
+        model(*torch.randn(2, 4, 3, 32, 32)).loss.backward()
+        optimizer.step()
+        reference.save("ImageNet_0099.pth.tar", model, optimizer, epoch=100, arch="resnet18")
+    """,
     "data.md": """
         import pathlib, torch
         from torchvision.transforms.v2.functional import to_pil_image

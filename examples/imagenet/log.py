@@ -1,4 +1,4 @@
-"""What a run tells: a plain CSV, TensorBoard event files and one progress bar."""
+"""What a run tells: a plain CSV, plain lines, TensorBoard event files and one progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ T = TypeVar("T")
 class Log:
     """Writes figures by step to `log.csv`, TensorBoard and a progress bar; where there is no terminal, to plain lines.
 
-    A resumed run cuts off what was logged after its checkpoint, so nothing is there twice.
+    A resumed run cuts off what was logged after its checkpoint, so nothing is there twice. `log.txt` has the plain
+    lines in any case, with their time, and keeps all: it tells what happened, restarts included.
 
     Args:
         folder: of the run.
@@ -48,6 +49,8 @@ class Log:
         self._csv = csv.DictWriter(self._file, ["step", *figures], lineterminator="\n")
         if not size:
             self._csv.writeheader()
+        self._text = (folder / "log.txt").open("a")
+        self._tell(f"starts at step {step} of {steps}")
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if size else 0)
         self._console = Console(stderr=True)
         self._steps = steps
@@ -78,8 +81,12 @@ class Log:
         self._shown.update(show)
         line = "  ".join(f"{name} {value}" for name, value in self._shown.items())
         self._progress.update(self._task, shown=line)
+        self._tell(f"step {step}/{self._steps}  {line}")
         if not self._console.is_terminal:
             print(f"step {step}/{self._steps}  {line}", flush=True)
+
+    def _tell(self, line: str) -> None:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", file=self._text, flush=True)
 
     def size(self) -> int:
         """The length of `log.csv`, for a checkpoint of this step, once it is safely on the disk."""
@@ -90,6 +97,7 @@ class Log:
         self._progress.stop()
         self._board.close()
         self._file.close()
+        self._text.close()
 
 
 def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:

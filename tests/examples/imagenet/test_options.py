@@ -73,6 +73,20 @@ def test_the_optimiser_of_the_reference(pretrain: ModuleType) -> None:
         pretrain.build_optimizer(model, configuration(pretrain, "--nesterov", "--optimizer=adamw"))
 
 
+def test_plain_lines_tell_of_every_start(pretrain: ModuleType, tmp_path: Path) -> None:
+    log = pretrain.Log(tmp_path, ["loss"], steps=8)
+    for step in (2, 4):
+        log.write(step, {"loss": 1 / step}, {"loss": f"{1 / step:.3f}"})
+    size = log.size()
+    log.write(6, {"loss": 0.1}, {"loss": "0.100"})
+    log.close()
+    pretrain.Log(tmp_path, ["loss"], steps=8, step=4, size=size).close()
+    lines = [line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines[:3] == ["starts at step 0 of 8", "step 2/8  loss 0.500", "step 4/8  loss 0.250"]
+    assert lines[3:] == ["step 6/8  loss 0.100", "starts at step 4 of 8"]
+    assert (tmp_path / "log.csv").read_text().splitlines() == ["step,loss", "2,0.5", "4,0.25"]
+
+
 def test_a_run_goes_on_from_the_file_of_another_and_of_the_reference(pretrain: ModuleType, tmp_path: Path) -> None:
     root = make_images(tmp_path / "images")
     options = [*SMALL, f"--root={root}", "--both-strong", "--hypercolumn-dim=24", "--reference-weight-decay"]
