@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,10 @@ class ContextEncoder(nn.Module):
         self.heads = nn.ModuleDict({"global": ProjectionHead(pooled, self.dims["global"], hidden_dim)})
         for name, channels in hypercolumns.items():
             self.heads[name] = HypercolumnHead(channels, self.dims[name], hidden_dim, width=pooled)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor, contexts: Sequence[str] | None = None) -> dict[str, Tensor]: ...
 
     @override
     def forward(self, images: Tensor, contexts: Sequence[str] | None = None) -> dict[str, Tensor]:

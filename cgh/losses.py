@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,10 @@ class CrossContextLoss(nn.Module):
             raise ValueError(f"pairs is {pairs!r}; give (learner, guide) names, such as [('global', 'hypercolumn')].")
         self.pairs = None if pairs is None else [(learner, guide) for learner, guide in pairs]
         self.centring = centring
+
+    if TYPE_CHECKING:
+
+        def __call__(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> Tensor: ...
 
     @override
     def forward(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> Tensor:
@@ -184,6 +189,10 @@ class InfoNCELoss(nn.Module):
     def __init__(self, temperature: float = 0.2) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, z: Contexts, t: Contexts, memory: Banks) -> Tensor: ...
 
     @override
     def forward(self, z: Contexts, t: Contexts, memory: Banks) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,9 @@ class CGH(Counted):
     if TYPE_CHECKING:
 
         def __call__(self, strong: Tensor, weak: Tensor, *local_views: Tensor) -> CGHOutput: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_finished": []}  # a copy is of the method, not of its last batch
 
     @property
     def steps(self) -> int:

@@ -29,7 +29,7 @@ class Counted(nn.Module):
         self._seen += 1
 
     def _get_count(self) -> int:
-        return int(self._count)
+        return self._seen if self._count.is_meta else int(self._count)
 
     def _set_count(self, count: int) -> None:
         self._count.fill_(count)
