@@ -41,7 +41,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return self._rest(super().forward(input))
         self._check_input_dim(input)
         splits = self.num_splits
         if len(input) % splits:
@@ -62,32 +62,55 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         for running, grouped in ((self.running_mean, mean), (self.running_var, variance)):
             if running is not None and grouped is not None:
                 running.copy_(reduce(grouped, "(s c) -> c", "mean", s=splits))
-        return rearrange(output, "n (s c) h w -> (n s) c h w", s=splits)
+        return self._rest(rearrange(output, "n (s c) h w -> (n s) c h w", s=splits))
+
+    def _rest(self, output: Tensor) -> Tensor:
+        """What belongs to the norm's layer and comes after it: the drop and the activation of timm's."""
+        for module in self.children():
+            output = module(output)
+        return output
 
     @classmethod
     def convert(cls, module: nn.Module, num_splits: int) -> nn.Module:
-        """Return `module` with every `BatchNorm2d` in it replaced by a split one of the same parameters and buffers.
+        """Make every `BatchNorm2d` in `module` a split one, and return `module`.
+
+        Each stays the same object with the same parameters, buffers and hooks, so it makes no difference whether an
+        extractor or an optimiser was made before. timm's norms with an activation, `BatchNormAct2d`, keep it. Norms
+        that take no statistics from the batch, or of fewer or more dimensions, are left as they are.
+
+        Raises:
+            ValueError: `num_splits` is below one.
+            TypeError: a batch norm is of another class, such as `SyncBatchNorm`, which splits over the ranks itself;
+                nothing is converted then.
 
         Example:
             >>> import torchvision, cgh
             >>> cgh.SplitBatchNorm2d.convert(torchvision.models.resnet18(), num_splits=8).bn1.num_splits
             8
         """
-        if type(module) is nn.BatchNorm2d:
-            split = cls(
-                module.num_features,
-                num_splits,
-                eps=module.eps,
-                momentum=module.momentum,
-                affine=module.affine,
-                track_running_stats=module.track_running_stats,
-            )
-            split.__dict__.update({key: module.__dict__[key] for key in ("_parameters", "_buffers", "training")})
-            return split
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert(child, num_splits))
+        if num_splits < 1:
+            raise ValueError(f"num_splits is {num_splits}; it is 1 or more.")
+        norms = {name: part for name, part in module.named_modules() if _uses_batch_statistics(part)}
+        for name, norm in norms.items():
+            kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
+            if type(norm) not in (cls, nn.BatchNorm2d) and kind != "timm.layers.norm_act.BatchNormAct2d":
+                raise TypeError(
+                    f"{name or 'the module'} is a {kind}, which cannot be split; build the network with "
+                    "torch.nn.BatchNorm2d in its place."
+                )
+        for norm in norms.values():
+            norm.__class__ = cls  # the object stays, for all that refer to it
+            norm.num_splits = num_splits
         return module
 
     @override
     def extra_repr(self) -> str:
         return f"{nn.BatchNorm2d.extra_repr(self)}, num_splits={self.num_splits}"
+
+
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm of maps, of whatever library; a frozen one keeps its weight as a buffer."""
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d, nn.modules.instancenorm._InstanceNorm)):
+        return False
+    frozen = module._buffers.get("weight") is not None
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or ("running_mean" in module._buffers and not frozen)

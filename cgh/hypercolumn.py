@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cgh.layouts import LAYOUTS, declared_prefix_tokens, find_layout, takes_maps, to_map
+from cgh.modes import evaluating
 from cgh.wrappers import is_parallel, plain_names, unwrap
 
 
@@ -50,9 +51,10 @@ class HypercolumnExtractor(nn.Module):
     along channels (the hypercolumn of Hariharan et al., 2015).
 
     The backbone is used in place, not copied. If it is one of torchvision's or timm's, its classifier is taken off
-    first (see `remove_classifier`). Any other module is left as it is: its output has to be the pooled feature
-    `(N, W)`, so replace a classifier of its own with `torch.nn.Identity()` before. Of an output with a `pooler_output`,
-    as a Hugging Face model's, that is taken.
+    first, and stays off (see `remove_classifier`). Any other module is left as it is: its output has to be the pooled
+    feature `(N, W)`, so replace a classifier of its own with `torch.nn.Identity()` before. Of an output with a
+    `pooler_output`, as a Hugging Face model's, that is taken. Its layers carry hooks from then on; a copy without them,
+    to export or script, is `cgh.interop.exportable(backbone)`.
 
     A layer's output, or the first of several that it gives, may be a map `(N, C, H, W)` ("NCHW"), a map with its
     channels last `(N, H, W, C)` ("NHWC"), or tokens `(N, L, C)` ("NLC") row by row, after prefix tokens that belong to
@@ -76,7 +78,7 @@ class HypercolumnExtractor(nn.Module):
         ValueError: a layer does not exist (close names are listed), is named twice or does not run; an output has
             another shape than said above, or one that could mean two things; tokens form no grid of the images'
             proportions; a hypercolumn is named "global"; the batch is empty; gradient checkpointing hides a layer's
-            gradient.
+            gradient; a later layer changes a layer's output in place; a parallel wrapper is inside, not outside.
         TypeError: `layers` is a string, or images are not floating point.
 
     Example:
@@ -189,18 +191,14 @@ class HypercolumnExtractor(nn.Module):
             first = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
             image_shape = (first.in_channels if first else 3, 224, 224)
         like = next(self.backbone.parameters(), torch.empty(()))
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
         try:
-            features = self(like.new_zeros((1, *image_shape)))
+            with evaluating(self):
+                features = self(like.new_zeros((1, *image_shape)))
         except (AssertionError, RuntimeError) as error:  # timm and torchvision assert the size that they were made for
             raise ValueError(
                 f"the backbone ({type(self.backbone).__name__}) failed on a {tuple(image_shape)} image: {error}. "
                 "Pass image_shape=(channels, height, width) of your images."
             ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return Widths(features.pooled.shape[1], {name: x.shape[1] for name, x in features.hypercolumns.items()})
 
     def _layer(self, name: str) -> nn.Module:
@@ -317,7 +315,7 @@ def remove_classifier(backbone: nn.Module) -> None:
         for name in ("fc", "classifier", "head", "heads"):
             classifier = getattr(backbone, name, None)
             if isinstance(classifier, nn.Linear):
-                setattr(backbone, name, nn.Identity())
+                setattr(backbone, name, nn.Identity().train(classifier.training))
             elif isinstance(classifier, nn.Sequential):
                 setattr(backbone, name, _without_classes(classifier))
 
@@ -330,7 +328,9 @@ def _without_classes(classifier: nn.Sequential) -> nn.Sequential:
         return classifier
     first = (nn.Linear, nn.Dropout) if linear else (nn.Conv2d, nn.Dropout)
     start = next(i for i, m in enumerate(classifier) if isinstance(m, first))
-    return nn.Sequential(*classifier[:start], *(m for m in classifier[start:] if isinstance(m, nn.AdaptiveAvgPool2d)))
+    kept = nn.Sequential(*classifier[:start], *(m for m in classifier[start:] if isinstance(m, nn.AdaptiveAvgPool2d)))
+    kept.training = classifier.training
+    return kept
 
 
 def _packages(module: nn.Module) -> set[str]:

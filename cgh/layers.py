@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cgh.hypercolumn import first_output
+from cgh.hypercolumn import first_output, same_output, version_of
 from cgh.layouts import declared_prefix_tokens, find_layout, takes_maps, to_map
+from cgh.modes import evaluating
+from cgh.wrappers import plain_names, unwrap
 
 
 class Layer(NamedTuple):
@@ -31,18 +34,31 @@ class LayerTable(list[Layer]):
 
     @override
     def __str__(self) -> str:
-        rows = [("layer", "map", "stride", "layout")]
-        for name, shape, stride, layout in self:
-            rows.append((name, " x ".join(map(str, shape)), str(stride or "?"), layout or "not sure: name it"))
+        rows = self._cells()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
 
+    def _repr_html_(self) -> str:
+        """The table of a notebook."""
+        head, *rows = (
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            for tag, row in zip(["th", *["td"] * len(self)], self._cells(), strict=True)
+        )
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
-@torch.no_grad()
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "map", "stride", "layout")]
+        for name, shape, stride, layout in self:
+            rows.append((name, " x ".join(map(str, shape)), str(stride or "?"), layout or "not sure: name it"))
+        return rows
+
+
 def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: int | None = None) -> LayerTable:
     """Return the layers of `model` that a hypercolumn can be made of, found by running one black image.
+
+    A layer whose output a later one changes in place, such as a norm before an in-place ReLU, is left out.
 
     Args:
         model: any module that takes images; it is left as it was.
@@ -70,34 +86,42 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
     image = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters(), torch.empty(()))
-    prefix_tokens = declared_prefix_tokens(model)
-    rows: dict[str, Layer] = {}  # a layer that runs again counts as it ran last
+    named = dict(model.named_modules())
+    layers = [
+        (name, named[wrapped])
+        for name, wrapped in plain_names(model, named).items()
+        if name and (depth is None or name.count(".") < depth)
+    ]
+    prefix_tokens = declared_prefix_tokens(unwrap(model))
+    outputs: dict[str, tuple[nn.Module, Tensor, int]] = {}  # a layer that runs again counts as it ran last
 
     def record(name: str, module: nn.Module, output: object) -> None:
         x = first_output(output)
-        if not isinstance(x, Tensor) or x.ndim not in (3, 4) or len(x) != 1:
-            return
-        layout = find_layout(tuple(x.shape), image, takes_maps(module), prefix_tokens)
-        grid = None if layout is None else to_map(x, layout, image, prefix_tokens)
-        if grid is None:
-            rows[name] = Layer(name, tuple(x.shape[1:]), None, None)
-        else:
-            rows[name] = Layer(name, tuple(grid.shape[1:]), round(image[0] / grid.shape[2]), layout)
+        if isinstance(x, Tensor) and x.ndim in (3, 4) and len(x) == 1:
+            outputs[name] = module, x, version_of(x)
 
     handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: record(name, module, output))
-        for name, module in model.named_modules()
-        if name and (depth is None or name.count(".") < depth)
+        last.register_forward_hook(lambda _, __, output, name=name, module=module: record(name, module, output))
+        for name, module in layers
+        for last in same_output(module)
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        model(like.new_zeros((1, first.in_channels if first else 3, *image)))
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            model(like.new_zeros((1, first.in_channels if first else 3, *image)))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{type(model).__name__} failed on an image of {image[0]} x {image[1]}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return LayerTable(rows.values())
+
+    table = LayerTable()
+    for name, (module, x, version) in outputs.items():
+        if version_of(x) != version:
+            continue
+        layout = find_layout(tuple(x.shape), image, takes_maps(module), prefix_tokens)
+        grid = None if layout is None else to_map(x, layout, image, prefix_tokens)
+        if grid is None:
+            table.append(Layer(name, tuple(x.shape[1:]), None, None))
+        else:
+            table.append(Layer(name, tuple(grid.shape[1:]), round(image[0] / grid.shape[2]), layout))
+    return table

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cgh.contexts import check_finite
 from cgh.extras import require
+from cgh.labels import integer_labels
 
 
 class ClusterScores(NamedTuple):
@@ -65,6 +66,7 @@ def cluster_scores(clusters: Tensor, labels: Tensor) -> ClusterScores:
         ImportError: scikit-learn is not installed.
         ValueError: shapes that differ, or nothing to compare.
     """
+    clusters, labels = integer_labels(clusters, "clusters"), integer_labels(labels)
     if clusters.ndim != 1 or clusters.shape != labels.shape or not len(labels):
         raise ValueError(
             f"clusters have shape {tuple(clusters.shape)} and labels {tuple(labels.shape)}; both are (N,), not empty."

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from cgh import checkpoint
 from cgh.distributed import gather, rank_and_world_size
+from cgh.hypercolumn import pooled_output
+from cgh.labels import integer_labels
+from cgh.modes import evaluating
 
 
 class LabelledFeatures(NamedTuple):
@@ -24,13 +27,13 @@ class LabelledFeatures(NamedTuple):
     """Classes `(N,)`."""
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Any]]
 
 
 @torch.no_grad()
 def extract_features(
     model: nn.Module,
-    dataset: Dataset[tuple[Tensor, Any]],
+    dataset: Dataset[tuple[Tensor, Any]] | DataLoader[tuple[Tensor, Any]],
     batch_size: int = 256,
     workers: int = 0,
     device: str | torch.device = "cpu",
@@ -44,8 +47,9 @@ def extract_features(
 
     Args:
         model: images `(N, 3, H, W)` -> `(N, W)`, on `device`. Its outputs may be pooled features, or a classifier's
-            logits.
-        dataset: items are an image, ready for the model, and its class.
+            logits; of a Hugging Face model, `pooler_output` is taken, and of a `cgh.HypercolumnExtractor`, `pooled`.
+        dataset: items are an image, ready for the model, and its class, an integer of any type. In a single process it
+            may be a DataLoader of such items, as for a stream, with the batches and the order of its own.
         batch_size: images at a time on each rank.
         workers: processes that load images, on each rank.
         device: where the model is.
@@ -53,7 +57,10 @@ def extract_features(
         progress: wraps the batches of rank 0, such as `rich.progress.track`.
 
     Raises:
-        ValueError: an empty data set, or outputs that are not `(N, W)`.
+        ValueError: an empty data set, outputs that are not `(N, W)`, labels that are not one an image, or a DataLoader
+            on several ranks.
+        TypeError: a stream without DataLoader, items that are not an image and its class, or classes that are not
+            integers.
 
     Example:
         >>> import torch, torchvision, cgh
@@ -61,31 +68,63 @@ def extract_features(
         >>> cgh.evaluate.extract_features(cgh.interop.resnet("resnet18"), data).features.shape
         torch.Size([10, 512])
     """
+    rank, _ = rank_and_world_size()
+    batches, size = _batches(dataset, batch_size, workers, torch.device(device))
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    with evaluating(model):
+        for batch in progress(batches) if progress and rank == 0 else batches:
+            images, classes = _labelled(batch)
+            with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+                output = pooled_output(model(images.to(device, non_blocking=True)), len(images), model)
+            rows = gather(output.float()), gather(classes.to(device)[:, None])[:, 0]
+            for kept, part in zip((features, labels), rows, strict=True):
+                kept.append(part.cpu() if rank == 0 else part[:0].cpu())
+    if not features:
+        raise ValueError("the data set is empty: there is nothing to extract.")
+    return LabelledFeatures(torch.cat(features)[:size], torch.cat(labels)[:size])
+
+
+def _batches(
+    dataset: Dataset[tuple[Tensor, Any]] | DataLoader[tuple[Tensor, Any]],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> tuple[Batches, int | None]:
+    """This rank's batches, and how many images all ranks have together, where that is known."""
     rank, world_size = rank_and_world_size()
-    size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset leaves __len__ to its children
+    if isinstance(dataset, DataLoader):
+        if world_size > 1:
+            raise ValueError(
+                f"on {world_size} ranks a DataLoader does not say which images are whose; pass its data set."
+            )
+        return dataset, None
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"the data set is a {type(dataset).__name__}, a stream without a length; pass a DataLoader of it, in a "
+            "single process, or a data set with __len__ and __getitem__."
+        )
+    size = len(dataset)
     if not size:
         raise ValueError("the data set is empty: there is nothing to extract.")
     # Shares of equal size, the last ones filled up from the start of the set: every rank makes as many gathers.
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, world_size, rank, shuffle=False)
-    batches: Batches = DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=torch.device(device).type == "cuda"
-    )
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        for images, classes in progress(batches) if progress and rank == 0 else batches:
-            with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-                output = model(images.to(device, non_blocking=True))
-            if output.ndim != 2:
-                raise ValueError(f"the model gives {tuple(output.shape)}; one feature an image is (N, W).")
-            rows = gather(output.float()), gather(classes.to(device)[:, None])[:, 0]
-            for kept, part in zip((features, labels), rows, strict=True):
-                kept.append(part.cpu() if rank == 0 else part[:0].cpu())
-    finally:
-        model.train(was_training)
-    return LabelledFeatures(torch.cat(features)[:size], torch.cat(labels)[:size])
+    pinned = device.type == "cuda"
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pinned), size
+
+
+def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
+    """The images and the classes of a batch."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        inside = ", ".join(type(x).__name__ for x in batch) if isinstance(batch, (tuple, list, dict)) else ""
+        raise TypeError(
+            f"a batch is a {type(batch).__name__} of ({inside}); an item is an image, a tensor ready for the model, "
+            "and its class, an integer."
+        )
+    images, classes = batch[0], integer_labels(batch[1])
+    if classes.shape != (len(images),):
+        raise ValueError(f"the labels of {len(images)} images have shape {tuple(classes.shape)}; each has one class.")
+    return images, classes
 
 
 def save_features(features: LabelledFeatures, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from cgh.evaluate.linear import Classifier
+from cgh.labels import integer_labels
 
 
 def finetune_recipe(
@@ -54,12 +55,13 @@ def labelled_share(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     For data sets without a published list of the 1 % or 10 %.
 
     Args:
-        labels: classes `(N,)`.
+        labels: classes `(N,)`, of any integer type.
         fraction: above 0, up to 1.
         seed: fixes which.
 
     Raises:
         ValueError: a fraction outside that range.
+        TypeError: labels that are not integers.
 
     Example:
         >>> import torch
@@ -70,6 +72,7 @@ def labelled_share(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it is a share of the labels, above 0 and up to 1.")
+    labels = integer_labels(labels)
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in labels.unique():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cgh.contexts import check_finite, check_temperature
+from cgh.labels import integer_labels, integers
 
 # Rows that meet in one block of similarities, so that memory does not grow with the sets: 64 MiB in float32.
 TEST_ROWS, TRAIN_ROWS = 512, 32_768
@@ -31,7 +33,7 @@ def knn(
 
     Args:
         train_features: `(M, W)`, of any length: they are scaled to one.
-        train_labels: `(M,)`, classes from 0.
+        train_labels: `(M,)`, classes from 0, of any integer type.
         test_features: `(N, W)`.
         test_labels: `(N,)`.
         k: how many neighbours vote; several values cost no more than the largest.
@@ -55,10 +57,10 @@ def knn(
         >>> cgh.evaluate.knn(features, labels, features, labels, k=[1, 4])
         {1: (100.0, 100.0), 4: (100.0, 100.0)}
     """
-    ks = sorted({k} if isinstance(k, int) else set(k))
+    ks = sorted({*integers(k, "k")})
     check_temperature(temperature)
-    _check("train", train_features, train_labels)
-    _check("test", test_features, test_labels)
+    train_labels = _check("train", train_features, train_labels)
+    test_labels = _check("test", test_features, test_labels)
     if train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
             f"train features have width {train_features.shape[1]}, test features {test_features.shape[1]}."
@@ -67,8 +69,10 @@ def knn(
         raise ValueError(f"k is {ks}; it lies between 1 and the {len(train_features)} training features.")
 
     device = test_features.device
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    # Classes are numbered anew, in their order, so that numbers with gaps take no memory.
+    numbers, labels = torch.cat([train_labels.to(device), test_labels.to(device)]).unique(return_inverse=True)
+    train_labels, test_labels = labels.split([len(train_labels), len(test_labels)])
+    classes = len(numbers)
     hits = torch.zeros(len(ks), 2, dtype=torch.long, device=device)
     for queries, truth in zip(test_features.split(TEST_ROWS), test_labels.split(TEST_ROWS), strict=True):
         similarity, neighbour = _nearest(_unit_length(queries, "test"), train_features, ks[-1])
@@ -116,16 +120,16 @@ def _unit_length(features: Tensor, name: str) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
-def _check(name: str, features: Tensor, labels: Tensor) -> None:
+def _check(name: str, features: Tensor, classes: Any) -> Tensor:
+    """The labels as int64."""
+    labels = integer_labels(classes, f"{name}_labels")
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
             f"{name}_features have shape {tuple(features.shape)} and {name}_labels {tuple(labels.shape)}; "
             "they must be (N, W) and (N,), and not empty."
         )
-    if not features.is_floating_point() or labels.is_floating_point():
-        raise TypeError(
-            f"{name}_features are {features.dtype} and {name}_labels {labels.dtype}; features are floating "
-            "point, labels integers."
-        )
+    if not features.is_floating_point():
+        raise TypeError(f"{name}_features are {features.dtype}; features are floating point.")
     if labels.min() < 0:
         raise ValueError(f"{name}_labels hold {int(labels.min())}; classes count from 0.")
+    return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from typing_extensions import override
 
+from cgh.labels import integer_labels, integers
 from cgh.schedules import LearningRate
+from cgh.wrappers import unwrap
 
 
 class Classifier(nn.Module):
@@ -44,7 +47,9 @@ class Classifier(nn.Module):
 
 
 class LinearProbe(Classifier):
-    """A `Classifier` whose linear layer alone learns: its backbone is frozen, and in evaluation mode in any case.
+    """A `Classifier` whose linear layer alone learns, on a frozen copy of the backbone, in evaluation mode in any case.
+
+    The backbone itself is left as it is, so a probe may be made of one that is still in training.
 
     Example:
         >>> import cgh
@@ -54,7 +59,7 @@ class LinearProbe(Classifier):
     """
 
     def __init__(self, backbone: nn.Module, width: int, classes: int) -> None:
-        super().__init__(backbone.requires_grad_(False), width, classes)
+        super().__init__(copy.deepcopy(unwrap(backbone)).requires_grad_(False), width, classes)
         self.train(self.training)
 
     @override
@@ -100,26 +105,36 @@ def accuracy(logits: Tensor, labels: Tensor, k: Sequence[int] = (1, 5)) -> tuple
 
     Args:
         logits: `(N, classes)`.
-        labels: `(N,)`, classes from 0.
+        labels: `(N,)`, classes from 0, of any integer type.
         k: a value above the number of classes counts all of them.
 
     Raises:
-        ValueError: shapes that do not fit together, no rows, or labels outside the classes.
+        ValueError: shapes that do not fit together, no rows, logits that are NaN, labels outside the classes, or a `k`
+            below one.
+        TypeError: labels or a `k` that are not integers.
 
     Example:
         >>> import torch, cgh
         >>> cgh.evaluate.accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), k=[1, 2])
         (50.0, 100.0)
     """
+    labels, tops = integer_labels(labels), integers(k, "k")
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; they must be (N, classes) and "
             "(N,), and not empty."
+        )
+    if logits.isnan().any():
+        raise ValueError(
+            f"logits hold NaN in {int(logits.isnan().any(dim=1).sum())} of {len(logits)} rows; no class is the "
+            "likeliest there. Lower the learning rate, or check the features."
         )
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}; the logits are of classes 0 to "
             f"{logits.shape[1] - 1}."
         )
-    likeliest = logits.topk(min(max(k), logits.shape[1]), dim=1).indices == labels[:, None]
-    return tuple(100 * likeliest[:, :top].any(dim=1).double().mean().item() for top in k)
+    if min(tops, default=0) < 1:
+        raise ValueError(f"k is {tops}; it is 1 or more.")
+    likeliest = logits.topk(min(max(tops), logits.shape[1]), dim=1).indices == labels.to(logits.device)[:, None]
+    return tuple(100 * likeliest[:, :top].any(dim=1).double().mean().item() for top in tops)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import cgh
 from cgh.evaluate import LabelledFeatures, extract_features, load_features, save_features
@@ -96,5 +100,82 @@ def test_files_say_what_their_features_are_of(tmp_path: Path) -> None:
 def test_nothing_to_extract_or_no_features() -> None:
     with pytest.raises(ValueError, match="empty"):
         extract_features(backbone(), images(0))
-    with pytest.raises(ValueError, match=r"the model gives \(2, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(Identity\) gave shape \(2, 3, 32, 32\) for 2 images"):
         extract_features(nn.Identity(), images(2))
+
+
+class Giving(nn.Module):
+    """Gives a pooled feature in some wrapping."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, images: Tensor) -> Any:
+        return self.wrap(images.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: x[:, :, None, None],
+        lambda x: SimpleNamespace(pooler_output=x),
+        lambda x: SimpleNamespace(pooler_output=x[:, :, None, None]),
+        lambda x: cgh.Features(x, {}),
+    ],
+)
+def test_a_pooled_feature_is_found_in_what_a_model_gives(wrap: Callable[[Tensor], Any]) -> None:
+    data = images(3)
+    expected = torch.stack([image for image, _ in data]).mean(dim=(2, 3))
+    torch.testing.assert_close(extract_features(Giving(wrap), data, batch_size=2).features, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"global": x}, lambda x: (x, x), lambda x: SimpleNamespace(logits=x)])
+def test_other_outputs_are_refused_with_what_is_accepted(wrap: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"\(Giving\) gave a \w+ for 2 images; it must .* pooler_output.*extractor.backbone"
+    ):
+        extract_features(Giving(wrap), images(2))
+
+
+def test_a_loader_or_a_stream_of_one_gives_its_own_rows() -> None:
+    data, model = images(5), Giving(lambda x: x)
+    expected = extract_features(model, data, batch_size=2)
+    backwards = DataLoader(data, 2, sampler=[4, 3, 2, 1, 0])
+    found = extract_features(model, backwards)
+    torch.testing.assert_close(found.features, expected.features.flip(0))
+    assert torch.equal(found.labels, expected.labels.flip(0))
+
+    class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter([data[i] for i in range(len(data))])
+
+    torch.testing.assert_close(extract_features(model, DataLoader(Stream(), 3)), expected)
+    with pytest.raises(TypeError, match="a Stream, a stream without a length; pass a DataLoader of it"):
+        extract_features(model, Stream())
+    with pytest.raises(ValueError, match="the data set is empty"):
+        extract_features(model, DataLoader(data, 2, sampler=[]))
+
+
+@pytest.mark.parametrize("label", [np.int64(1), np.uint8(1), 1, True, torch.tensor(1, dtype=torch.int16)])
+def test_a_class_is_an_integer_of_any_type(label: Any) -> None:
+    found = extract_features(Giving(lambda x: x), [(torch.zeros(3, 8, 8), label)] * 3)
+    assert found.labels.tolist() == [1, 1, 1]
+    assert found.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        ((torch.zeros(3, 8, 8), "cat"), "labels are a tuple of str|labels are a list of str"),
+        ((torch.zeros(3, 8, 8), 0.5), "labels are torch.float64; classes are integers"),
+        ((torch.zeros(3, 8, 8), torch.tensor([0, 1])), r"have shape \(2, 2\); each has one class"),
+        ({"image": torch.zeros(3, 8, 8), "label": 1}, r"a batch is a dict of \(str, str\); an item is an image"),
+        ((torch.zeros(3, 8, 8), 1, 2), r"a batch is a list of \(Tensor, Tensor, Tensor\)"),
+        (torch.zeros(3, 8, 8), "a batch is a Tensor"),
+    ],
+)
+def test_items_that_are_no_image_and_class(item: Any, error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        extract_features(Giving(lambda x: x), [item] * 2)

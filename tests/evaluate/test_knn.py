@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def test_bad_input() -> None:
         cgh.evaluate.knn(features, labels[:9], features, labels, k=1)
     with pytest.raises(ValueError, match="train features have width 4, test features 3"):
         cgh.evaluate.knn(features, labels, features[:, :3], labels, k=1)
-    with pytest.raises(TypeError, match="test_labels torch.float32"):
+    with pytest.raises(TypeError, match="test_labels are torch.float32"):
         cgh.evaluate.knn(features, labels, features, labels.float(), k=1)
     with pytest.raises(ValueError, match="train_labels hold -1; classes count from 0"):
         cgh.evaluate.knn(features, torch.full((10,), -1), features, labels, k=1)
@@ -110,3 +111,31 @@ def test_bad_input() -> None:
         broken = features.clone()
         broken[2, 1] = float("nan")
         cgh.evaluate.knn(features, labels, broken, labels, k=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
+def test_labels_of_every_integer_type_give_the_same(dtype: torch.dtype) -> None:
+    features, labels = torch.randn(40, 8), torch.arange(40) % 7
+    expected = cgh.evaluate.knn(features[:30], labels[:30], features[30:], labels[30:], k=[1, 5])
+    for convert in (lambda x: x.to(dtype), lambda x: x.to(dtype).numpy(), lambda x: x.tolist()):
+        found = cgh.evaluate.knn(features[:30], convert(labels[:30]), features[30:], convert(labels[30:]), k=[1, 5])
+        assert found == expected
+
+
+def test_counts_of_neighbours_of_every_integer_type_and_classes_with_gaps() -> None:
+    features, labels = torch.randn(40, 8), torch.arange(40) % 4
+    expected = cgh.evaluate.knn(features, labels, features, labels, k=[1, 2])
+    for k in (torch.tensor([1, 2]), np.array([2, 1]), (np.int64(1), torch.tensor(2))):
+        assert cgh.evaluate.knn(features, labels, features, labels, k=k) == expected
+    assert cgh.evaluate.knn(features, labels == 0, features, labels == 0, k=np.int64(1)) == {1: (100.0, 100.0)}
+    assert cgh.evaluate.knn(features, labels * 10**9, features, labels * 10**9, k=[1, 2]) == expected
+
+
+def test_labels_and_counts_that_are_no_integers() -> None:
+    features, labels = torch.randn(4, 8), torch.arange(4)
+    with pytest.raises(TypeError, match="train_labels are torch.float32; classes are integers"):
+        cgh.evaluate.knn(features, labels.float(), features, labels, k=1)
+    with pytest.raises(TypeError, match="test_labels are a list of str"):
+        cgh.evaluate.knn(features, labels, features, ["cat"] * 4, k=1)
+    with pytest.raises(TypeError, match="k is 1.5; it is an integer"):
+        cgh.evaluate.knn(features, labels, features, labels, k=1.5)

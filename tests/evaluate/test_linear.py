@@ -92,3 +92,29 @@ def test_accuracy_counts_the_likeliest_classes() -> None:
         accuracy(logits, torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match=r"\(4, 3\) and labels \(3,\)"):
         accuracy(logits, torch.tensor([0, 1, 2]))
+
+
+def test_a_probe_leaves_a_backbone_in_training_as_it_is() -> None:
+    backbone = small_backbone().train()
+    backbone.fc = nn.Identity()
+    backbone.layer1.requires_grad_(False)
+    backbone.bn1.eval()
+    before = [(m.training, *(p.requires_grad for p in m.parameters(recurse=False))) for m in backbone.modules()]
+    for wrapped in (backbone, nn.DataParallel(backbone)):
+        probe = LinearProbe(wrapped, width=512, classes=3).train()
+        probe(torch.randn(2, 3, 32, 32)).sum().backward()
+        after = [(m.training, *(p.requires_grad for p in m.parameters(recurse=False))) for m in backbone.modules()]
+        assert after == before
+        assert not any(m.training or p.requires_grad for m in probe.backbone.modules() for p in m.parameters())
+
+
+def test_accuracy_takes_integers_and_refuses_nan() -> None:
+    logits = torch.tensor([[3.0, 2.0, -math.inf], [1.0, 2.0, 3.0]])
+    for dtype in (torch.uint8, torch.int16, torch.uint16):
+        assert accuracy(logits, torch.tensor([0, 1]).to(dtype), k=torch.tensor([1, 2])) == (50.0, 100.0)
+    with pytest.raises(ValueError, match="logits hold NaN in 1 of 2 rows"):
+        accuracy(torch.tensor([[1.0, math.nan], [1.0, 2.0]]), torch.tensor([1, 1]))
+    with pytest.raises(TypeError, match="classes are integers"):
+        accuracy(logits, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"k is \[0\]"):
+        accuracy(logits, torch.tensor([0, 1]), k=[0])

@@ -1,0 +1,31 @@
+"""Evaluation for a while: every module goes back to the mode that it was in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and at the end each of its modules back into its own, as frozen norms have one.
+
+    Example:
+        >>> import torch
+        >>> from cgh.modes import evaluating
+        >>> model = torch.nn.Sequential(torch.nn.Dropout().eval(), torch.nn.Dropout())
+        >>> with evaluating(model):
+        ...     inside = model[1].training
+        >>> inside, [m.training for m in model]
+        (False, [False, True])
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])  # by the model's own way first, which may undo what its eval() did
+        for module, training in modes.items():
+            module.training = training
