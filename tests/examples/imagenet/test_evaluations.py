@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import cgh
 from tests.examples.imagenet.runs import EXAMPLE, SMALL, make_images, same
@@ -76,6 +78,20 @@ def test_features_are_extracted_once_and_kept(
     for view in ("--resize=40", "--interpolation=bilinear"):
         with pytest.raises(ValueError, match="of something else: view is .*Extract into another file"):
             evaluate("cluster", tmp_path / "other", *of_weights, kept, view)
+
+
+def test_the_bicubic_view_is_pillows() -> None:
+    evaluation = importlib.import_module("evaluation")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(256, (1, 3, 60, 80), generator=generator).float()
+    image = torch.nn.functional.interpolate(coarse, size=(375, 500), mode="bicubic").clamp(0, 255)[0].to(torch.uint8)
+    config = evaluation.FeatureEvaluation(folder=Path("here"))
+    view = evaluation.centre_view(config, torchvision.models.resnet18())(image)
+    pillow = to_pil_image(image).resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 282, 240))
+    expected = evaluation.normalise()(pil_to_tensor(pillow))
+    difference = (view - expected).abs() * 255 * 0.225
+    assert difference.max() < 1.1, "one level, where the two round otherwise"
+    assert difference.mean() < 0.01
 
 
 def test_clusters_beside_classes_of_classes(root: Path, weights: Path, tmp_path: Path) -> None:
