@@ -4,6 +4,10 @@ The method of Gao, Feng and Patras, "Self-Supervised Representation Learning wit
 and Hypercolumn Features" (WACV 2024, arXiv 2308.13392), as parts that stand alone.
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from cgh import checkpoint as checkpoint
 from cgh import diagnostics as diagnostics
 from cgh import evaluate as evaluate
@@ -22,6 +26,11 @@ from cgh.relation import RelationMatrix
 from cgh.schedules import LearningRate, LossWeights, TeacherMomentum
 from cgh.shuffle import BatchShuffle
 from cgh.teacher import EMATeacher
+
+if TYPE_CHECKING:
+    from cgh import plot as plot
+    from cgh import views as views
+    from cgh import watch as watch
 
 __version__ = "0.1.0"
 
@@ -50,4 +59,20 @@ __all__ = [
     "evaluate",
     "interop",
     "list_layers",
+    "plot",
+    "views",
+    "watch",
 ]
+
+# Loaded when they are first used: what they import takes longer than all of the rest.
+_LAZY = ("plot", "views", "watch")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"cgh.{name}")
+    raise AttributeError(f"module 'cgh' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -38,6 +38,23 @@ class CGHOutput(NamedTuple):
     teacher: dict[str, Tensor]
     """The teacher's embeddings of the weak view, `(N, D)` by name; `CGH.update` puts them into the memory."""
 
+    @override
+    def __repr__(self) -> str:
+        """Return the losses, and of the embeddings their shapes, a line each."""
+        terms = [f"  {learner} from {guide}: {float(term):.4f}" for (learner, guide), term in self.terms.items()]
+        shapes = [
+            f"  {who}: " + ", ".join(f"{name} {tuple(z.shape)}" for name, z in contexts.items())
+            for who, contexts in (("student", self.student), ("teacher", self.teacher))
+        ]
+        infonce, relation = (float(weight) for weight in self.weights)
+        lines = [
+            f"CGHOutput: loss {float(self.loss):.4f}",
+            f"  InfoNCE: {float(self.infonce):.4f}, weight {infonce:.4g}; each relation below: weight {relation:.4g}",
+            *terms,
+            *shapes,
+        ]
+        return "\n".join(lines)
+
 
 class CGH(Counted):
     """Cross-context learning between global and hypercolumn features: student, teacher, memory and losses.

@@ -348,3 +348,14 @@ def test_on_cuda_a_step_never_waits_and_what_is_not_finite_is_told_and_left_out(
         train(batches[1])
     assert model.memory.pointer == pointer
     torch.testing.assert_close(dict(model.memory.state_dict()), banks, rtol=0, atol=0)
+
+
+def test_an_output_shows_its_losses_and_shapes() -> None:
+    model = cgh.CGH(small_backbone(), dim=8, hidden_dim=16, memory_size=32, warmup_steps=4)
+    output = model(*torch.randn(2, 4, 3, 64, 64))
+    first, infonce, *terms, student, teacher = repr(output).splitlines()
+    assert first == f"CGHOutput: loss {output.loss.item():.4f}"
+    assert infonce == f"  InfoNCE: {output.infonce.item():.4f}, weight 1; each relation below: weight 0"
+    assert terms[0] == f"  global from hypercolumn: {output.terms['global', 'hypercolumn'].item():.4f}"
+    assert student == "  student: global (4, 8), hypercolumn (4, 8)"
+    assert teacher == "  teacher: global (4, 8), hypercolumn (4, 8)"

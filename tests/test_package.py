@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from importlib import metadata, resources
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -57,6 +58,64 @@ def test_import_adds_at_most_150_milliseconds() -> None:
         return 1000 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert statistics.median(measure() for _ in range(3)) <= 150
+
+
+def test_what_takes_long_to_import_waits_until_it_is_used() -> None:
+    code = """
+import sys, torch, cgh
+assert not {"torchvision", "matplotlib", "timm", "cgh.plot", "cgh.views", "cgh.watch"} & sys.modules.keys()
+assert {"plot", "views", "watch"} <= set(dir(cgh))
+cgh.HypercolumnExtractor(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), ["0"])
+assert "torchvision" not in sys.modules
+assert cgh.views.Crops and cgh.watch.Watch and "torchvision" in sys.modules
+assert cgh.plot.curves
+try:
+    cgh.nothing
+except AttributeError as error:
+    assert str(error) == "module 'cgh' has no attribute 'nothing'"
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+USERS_SCRIPT = """
+import torch
+import cgh
+
+features = cgh.HypercolumnExtractor(torch.nn.Conv2d(3, 8, 3), layers=["layer"])
+student = cgh.ContextEncoder(features, dim=16)
+teacher = cgh.EMATeacher(student, momentum=cgh.TeacherMomentum(0.99, steps=10))
+memory = cgh.MemoryBank({"global": 16, "hypercolumn": 16}, size=32)
+criterion = cgh.CrossContextLoss()
+model = cgh.CGH(features, memory_size=32)
+probe = cgh.watch.OnlineProbe(width=8, classes=2)
+look = cgh.watch.Watch(model, [cgh.watch.CSV("log.csv")], probe=probe)
+images = torch.randn(2, 3, 8, 8)
+reveal_type(model(images, images).loss)
+reveal_type(look(1, model(images, images)))
+reveal_type(cgh.interop.from_pretrained("folder"))
+reveal_type(cgh.views.Crops(32))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (Path(cgh.__file__).parents[1] / "pyproject.toml").exists(), reason="the project is not here")
+def test_a_users_script_is_typed(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text(USERS_SCRIPT)
+    root = Path(cgh.__file__).parents[1]  # with the cache of `nox -s types`, where there is one
+    command = [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    revealed = re.findall(r'Revealed type is "([^"]+)"', done.stdout)
+    assert [name.replace("builtins.", "") for name in revealed] == [
+        "torch._tensor.Tensor",
+        "dict[str, float]",
+        "torch.nn.modules.module.Module",
+        "cgh.views.Crops",
+    ], done.stdout
+    assert "error:" not in done.stdout, done.stdout
 
 
 def test_works_without_any_extra() -> None:

@@ -1,0 +1,255 @@
+"""A watched run ends with the bits of one that is not, and its figures are those of the parts."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import cgh
+from cgh import watch
+from tests.conftest import unit
+
+WIDTH = 8
+
+
+class Backbone(nn.Module):
+    """Images to features of `WIDTH` numbers, with dropout, which draws from the global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, WIDTH, 3, stride=2, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU())
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dropout(self.layer(images).mean((2, 3)))
+
+
+def labelled(count: int = 24) -> TensorDataset:
+    """Images of two classes that differ in colour."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    return TensorDataset(torch.randn(count, 3, 8, 8, generator=generator) + 3 * labels.view(-1, 1, 1, 1), labels)
+
+
+def train(watched: bool, loggers: list[watch.Logger], steps: int = 6) -> tuple[cgh.CGH, Tensor, list[dict[str, float]]]:
+    """Return the model, what the generator would give next, and what was found."""
+    torch.manual_seed(0)
+    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, warmup_steps=2, image_shape=(3, 8, 8))
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.05)
+    data = labelled()
+    look = None
+    if watched:
+        probe = watch.OnlineProbe(WIDTH, classes=2, learning_rate=0.1)
+        options: dict[str, Any] = {"train": data, "test": data, "neighbours_every": 3, "k": 5}
+        look = watch.Watch(model, loggers, every=2, probe=probe, **options)
+    found = []
+    for step in range(1, steps + 1):
+        images, labels = data.tensors
+        output = model(images + torch.randn_like(images), images)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if look:
+            found.append(look(step, output, labels, {"lr": 0.05}))
+        model.update(output)
+    return model, torch.rand(1), found
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, figures: Any) -> None:
+        self.rows.append((step, dict(figures)))
+
+
+def test_a_watched_run_has_the_bits_of_another() -> None:
+    kept = Kept()
+    plain, following, _ = train(watched=False, loggers=[])
+    model, draw, found = train(watched=True, loggers=[kept])
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert torch.equal(draw, following)
+    assert model.training
+    assert all(module.training for module in model.student.modules())
+    assert [step for step, _ in kept.rows] == [2, 3, 4, 6]
+    assert [figures for _, figures in kept.rows] == [figures for figures in found if figures]
+    assert kept.rows[1][1] == {"knn/top1": 100.0, "knn/top5": 100.0}, "classes of a colour each"
+    assert {"lr", "loss/total", "loss/global_from_hypercolumn", "probe/top1", "rank/teacher_global"} <= kept.rows[0][
+        1
+    ].keys()
+    assert "loss/infonce" in kept.rows[0][1], "the second step still has a little of it"
+    assert "loss/infonce" not in kept.rows[2][1], "which has faded out"
+
+
+def test_figures_are_those_of_the_parts() -> None:
+    torch.manual_seed(0)
+    model = cgh.CGH(
+        Backbone(),
+        ["layer"],
+        dim=8,
+        hidden_dim=16,
+        memory_size=32,
+        student_temperature=0.3,
+        teacher_temperature={"global": 0.2, "hypercolumn": 0.5},
+        image_shape=(3, 8, 8),
+    )
+    output = model(*torch.randn(2, 16, 3, 8, 8))
+    found = watch.Watch(model, every=1)(1, output)
+    for who, context, temperature in (("student", "global", 0.3), ("teacher", "hypercolumn", 0.5)):
+        z = getattr(output, who)[context].detach()
+        relation = torch.softmax(z @ model.memory[context].T / temperature, dim=1)
+        entropy = -(relation * relation.log()).sum(1).mean().item()
+        assert found[f"entropy/{who}_{context}"] == pytest.approx(entropy, rel=1e-4)
+        rank = cgh.diagnostics.effective_rank(z).item()
+        assert found[f"rank/{who}_{context}"] == pytest.approx(rank)
+    assert found["loss/total"] == pytest.approx(output.loss.item())
+
+
+def test_any_loop_with_embeddings_alone() -> None:
+    backbone = Backbone()
+    look = watch.Watch(backbone, every=1, probe=watch.OnlineProbe(WIDTH, classes=2))
+    z = unit(16, WIDTH)
+    backbone(torch.randn(16, 3, 8, 8))
+    found = look(1, {"global": z}, torch.arange(16) % 2)
+    assert found.keys() == {"rank/student_global", "probe/loss", "probe/top1"}
+    assert found["rank/student_global"] == pytest.approx(cgh.diagnostics.effective_rank(z).item())
+
+
+def test_one_warning_says_that_embeddings_collapse() -> None:
+    look = watch.Watch(nn.Identity(), every=1)
+    many, few = unit(32, 16), unit(1, 16).repeat(32, 1) + 0.01 * unit(32, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(1, {"global": many})
+        look(2, {"global": many})
+    with pytest.warns(UserWarning, match=r"collapse: rank/student_global is 1\.\d, and was 1\d\.\d at most"):
+        look(3, {"global": few})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look(4, {"global": few})
+
+
+def test_the_probe_learns_what_a_linear_layer_can_and_takes_no_gradient() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(64) % 4
+    features = (torch.eye(4, WIDTH)[labels] + 0.1 * torch.randn(64, WIDTH)).requires_grad_()
+    probe = watch.OnlineProbe(WIDTH, classes=4)
+    first = probe.learn(features, labels)
+    torch.testing.assert_close(first[0], torch.tensor(4.0).log())
+    for _ in range(30):
+        loss, top1 = probe.learn(features, labels)
+    assert top1 == 100
+    assert loss < 0.2
+    assert features.grad is None
+    half = torch.where(torch.arange(64) < 32, labels, -1)
+    assert probe.learn(features, half)[1] == 100, "images without labels do not count"
+
+
+def test_bad_input() -> None:
+    probe = watch.OnlineProbe(WIDTH, classes=2)
+    with pytest.raises(ValueError, match=r"features are \(4, 5\) .* build OnlineProbe\(width=5"):
+        probe.learn(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="a label is 2; the probe has classes 0 to 1"):
+        probe.learn(torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(ValueError, match="call the model first"):
+        watch.Watch(Backbone(), probe=probe)(1, {"global": unit(4, 8)}, torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="every is 0"):
+        watch.Watch(Backbone(), every=0)
+    with pytest.raises(ValueError, match="both train"):
+        watch.Watch(Backbone(), train=labelled())
+
+
+def test_csv_is_appended_to(tmp_path: Path) -> None:
+    for step in (1, 2):
+        watch.CSV(tmp_path / "run" / "log.csv").log(step, {"loss": 0.5, "knn/top1": 100 / 3})
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert [(row["step"], row["figure"], row["value"]) for row in rows[:2]] == [
+        ("1", "loss", "0.5"),
+        ("1", "knn/top1", "33.3333"),
+    ]
+    assert len(rows) == 4
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    watch.TensorBoard(tmp_path).log(3, {"loss": 0.5})
+    (event,) = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert (event.step, event.value) == (3, 0.5)
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = watch.WandB(project="cgh", mode="offline", dir=str(tmp_path))
+    logger.log(3, {"loss": 0.5})
+    assert logger.run.step == 3
+    logger.run.finish()
+    assert list(tmp_path.rglob("*.wandb")), "the run lies here to be uploaded"
+
+
+def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs packages beside
+    uri = (tmp_path / "runs").as_uri()
+    logger = watch.MLflow("cgh", uri)
+    logger.log(3, {"knn/top1": 50.0})
+    (metric,) = mlflow.MlflowClient(uri).get_metric_history(logger.run, "knn/top1")
+    assert (metric.step, metric.value) == (3, 50.0)
+    assert watch.MLflow("cgh", uri).run != logger.run
+
+
+@pytest.mark.parametrize(
+    ("module", "build"),
+    [
+        ("wandb", lambda: watch.WandB()),
+        ("mlflow", lambda: watch.MLflow("cgh")),
+        ("tensorboard", lambda: watch.TensorBoard("runs")),
+    ],
+)
+def test_a_missing_library_names_its_extra(module: str, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ImportError, match=rf'{module}, which is not installed: pip install "cgh-ssl\[watch\]"'):
+        build()
+
+
+def test_a_callback_of_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model: cgh.CGH) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            images, _ = batch
+            self.output = self.model(images, images)
+            return self.output.loss
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.model.update(self.output)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.student.parameters(), lr=0.05)
+
+    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8))
+    kept = Kept()
+    look = watch.Watch(model, [kept], every=2, probe=watch.OnlineProbe(WIDTH, classes=2))
+    callback = watch.lightning_callback(look, lambda module, batch: (module.output, batch[1]))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet)
+    trainer.fit(Module(model), torch.utils.data.DataLoader(labelled(), batch_size=12))
+    assert [step for step, _ in kept.rows] == [2, 4]
+    assert all("probe/top1" in figures for _, figures in kept.rows)
+    assert model.memory.pointer == 48 % 32
