@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,10 +22,8 @@ import pictures
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2 as T
-import tyro
 from datasets import Annotations, Detections, read
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler, Subset
 from torchmetrics.detection import MeanAveragePrecision
@@ -36,8 +33,9 @@ import cgh
 from cgh.distributed import rank_and_world_size
 
 sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose runs are kept and logged in the same way
+from command import command, read_arguments
 from log import Log
-from run import Run, Stop, check_same, join, write_json
+from run import Run, Stop, check_same, join, leave_signals_to_the_run, write_json
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
 AVERAGES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # COCO's, and their names in torchmetrics
@@ -352,12 +350,6 @@ def finetune(config: Config) -> dict[str, float]:
     return result
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """Let a worker that loads images outlive what asks the run to stop, which saves first."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def as_plain(config: Config) -> dict[str, Any]:
     """Return the configuration as JSON knows it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
@@ -366,8 +358,8 @@ def as_plain(config: Config) -> dict[str, Any]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    finetune(tyro.cli(Config, args=args))
+    finetune(read_arguments(Config, args))
 
 
 if __name__ == "__main__":
-    record(main)()
+    command(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
+from command import command, read_arguments
 from evaluation import (
     FeatureEvaluation,
     centre_view,
@@ -66,7 +66,7 @@ def super_classes(path: Path, classes: Sequence[str]) -> Tensor:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(Config, args=args)
+    config = read_arguments(Config, args)
     device = join(config.device)
     if config.weights:
         backbone = load_backbone(config, device)
@@ -87,4 +87,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from files import BadImageError, decode, is_image, list_folders, list_images, read_image
+from run import leave_signals_to_the_run
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -125,7 +127,7 @@ class Batches:
             batch_sampler=self._steps,
             num_workers=workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=leave_signals_to_the_run,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or else it would draw from the global one
@@ -141,7 +143,7 @@ class Batches:
         order = self._order(epoch)[: self.steps_per_epoch * self.batch * self.world_size]
         ranks = rearrange(order, "(step image rank) -> rank step image", image=self.batch, rank=self.world_size)
         self._steps[:] = [[(epoch, index) for index in step] for step in ranks[self.rank, start_step:].tolist()]
-        for views, labels, bad in self._loader:
+        for views, labels, bad in _start(self._loader):
             self.bad.update(bad)
             yield views, labels
 
@@ -169,16 +171,24 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
             return self.crops(image), label, bad
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Outlive what a scheduler or `torchrun` sends to all processes: the run saves first, and then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start a loader's workers, to be ended with this process."""
+    others = {*multiprocessing.active_children()}
+    batches = iter(loader)
+    _workers.update({*multiprocessing.active_children()} - others)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # after PyTorch's own, so that it is called before them
+    return batches
 
 
-@atexit.register
+_workers: set[BaseProcess] = set()
+
+
 def _end_workers() -> None:
-    """Python would end them by the signal that they ignore, and wait for ever."""
-    for worker in multiprocessing.active_children():
+    """Kill what ignores the signal that Python and PyTorch would end it by, and wait for."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch takes a worker that is killed for an accident
+    for worker in _workers:
         worker.kill()
 
 

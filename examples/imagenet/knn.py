@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
+from command import command, read_arguments
 from evaluation import (
     FeatureEvaluation,
     centre_view,
@@ -39,7 +39,7 @@ class Config(FeatureEvaluation):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(Config, args=args)
+    config = read_arguments(Config, args)
     device = join(config.device)
     if config.weights:
         backbone = load_backbone(config, device)
@@ -58,4 +58,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import tyro
+from command import command, read_arguments
 from evaluation import centre_view, feature_width, finish, labelled_images, load_backbone
 from run import join
 from torch.optim import Optimizer
@@ -33,7 +33,7 @@ class Config(Training):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(Config, args=args)
+    config = read_arguments(Config, args)
     device = join(config.device)
     backbone = load_backbone(config, device)
     train, val = labelled_images(config, {"train": None, "val": centre_view(config, backbone)}).values()
@@ -47,4 +47,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
-import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,8 +155,12 @@ class Clock:
         return figures
 
 
-def _memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU's memory, or where there is none of the host's."""
+def _memory(device: torch.device) -> float:
+    """The most bytes that this process has held, of the GPU or else of the host; Windows cannot say the latter."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

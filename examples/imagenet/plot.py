@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from command import command, read_arguments
 from log import read
 
 from cgh.plot import curves
@@ -36,7 +37,14 @@ def draw(folders: Sequence[Path], out: Path) -> None:
     curves(runs, window=max(1, rows // 50)).savefig(out)
 
 
-if __name__ == "__main__":
-    config = tyro.cli(Config)
+def main() -> None:
+    """Run the command line."""
+    config = read_arguments(Config)
+    if not config.runs:
+        raise ValueError("no run is named: plot.py FOLDER [FOLDER ...] draws the runs that pretrain.py keeps in them.")
     draw(config.runs, config.out)
     print(config.out)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -24,15 +24,14 @@ import torch
 import torch.distributed as dist
 import torchvision.transforms.v2 as T
 import tyro
+from command import command, read_arguments
 from data import Batches, DataConfig, images
 from evaluation import normalise, plain
 from log import Clock, Log, read
 from method import Method, parse, spelled
 from plot import draw
-from run import PRECISIONS, Run, Stop, check_same, effective, join, write_json
+from run import PRECISIONS, Run, Stop, check_same, distribute, effective, join, write_json
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Dataset, Subset
 
@@ -521,14 +520,8 @@ def wrap(model: cgh.CGH, config: Config) -> nn.Module:
     if config.compile:
         model.student.compile(dynamic=False)  # each side of multi-crop's views by itself
         model.teacher.encoder.compile(dynamic=False)
-    _, world_size = cgh.distributed.rank_and_world_size()
-    if world_size == 1:
-        return model
-    # Batch norm keeps statistics of each rank's own. Looking for unused parameters, of which there are none, keeps
-    # gradients in the buckets that they started in: sums of many ranks would else differ in bits after resuming.
-    return DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-    )
+    # Batch norm keeps statistics of each rank's own.
+    return distribute(model, gradient_as_bucket_view=True)
 
 
 def load_views(config: Config, rank: int, world_size: int, device: torch.device) -> tuple[Batches, views.Augmentation]:
@@ -612,21 +605,27 @@ class Chosen:
 
 def parse_arguments(args: Sequence[str] | None = None) -> Config:
     """Return what the command line says, by the defaults of the recipe that it names."""
-    chosen, _ = tyro.cli(Chosen, args=args, return_unknown_args=True, add_help=False)
+    chosen, _ = read_arguments(Chosen, args, return_unknown_args=True, add_help=False)
     default = Config(
         folder=tyro.MISSING,
         data=DataConfig(root=tyro.MISSING),
         recipe=chosen.recipe,
         **RECIPES[chosen.recipe],
     )
-    return tyro.cli(Config, args=args, default=default)
+    return read_arguments(Config, args, default=default)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     training = Pretraining(parse_arguments(args))
-    training.close(training.train())
+    try:
+        finished = training.train()
+    except BaseException:
+        if training.log:
+            training.log.close()
+        raise
+    training.close(finished)
 
 
 if __name__ == "__main__":
-    record(main)()
+    command(main)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import functools
 import json
 import os
 import signal
 import socket
+import time
+import uuid
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import cgh
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What autocast computes in, by the names that the command lines use.
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,11 +62,64 @@ def join(device: str) -> torch.device:
     if device == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
-        if device == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
+        options: dict[str, Any] = {"backend": "nccl", "device_id": chosen} if device == "cuda" else {"backend": "gloo"}
+        if (store := agents_store()) is not None:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            options |= {"store": meet(store, rank, world_size), "rank": rank, "world_size": world_size}
+        dist.init_process_group(**options)
     return chosen
+
+
+@functools.cache
+def agents_store() -> dist.TCPStore | None:
+    """Return the store of torchrun's agents, where the ranks meet and those of earlier starts met; None without."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+    )
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta = timedelta(minutes=30)) -> dist.Store:
+    """Return a part of the agents' store that is this start's own.
+
+    In the store itself, restarted ranks would find where their predecessors listened. How often torchrun has restarted
+    them does not tell the starts apart, since each node's agent counts for itself. So every rank hangs out a name that
+    is new, and rank 0 answers to each name that it finds until all have come.
+
+    Raises:
+        TimeoutError: a rank has not come.
+    """
+    name, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"cgh/name/{rank}", name)
+    if rank:
+        store.wait([f"cgh/answer/{name}"], timeout)
+        own = dist.PrefixStore(store.get(f"cgh/answer/{name}").decode(), store)
+        own.add("present", 1)
+        return own
+    own = dist.PrefixStore(name, store)
+    while (present := own.add("present", 0)) < world_size - 1:
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"{present + 1} of {world_size} ranks have come in {timeout}; look for the others' errors."
+            )
+        for key in (f"cgh/name/{other}" for other in range(1, world_size)):
+            if store.check([key]):
+                store.set(f"cgh/answer/{store.get(key).decode()}", name)
+        time.sleep(0.02)
+    return own
+
+
+def distribute(module: nn.Module, **options: Any) -> nn.Module:
+    """Return a module whose gradients are averaged over the ranks, or the module itself where there is one rank.
+
+    Looking for unused parameters, of which there are none, keeps gradients in the buckets that they started in: sums of
+    many ranks would else differ in bits after resuming.
+    """
+    if cgh.distributed.rank_and_world_size()[1] == 1:
+        return module
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # which would ask for what is above
+    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True, **options)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -92,7 +155,7 @@ class Run:
         # A record lock, unlike flock, is not inherited by loader workers, which may outlive a killed run by seconds.
         self._lock = (self.folder / "lock").open("a+")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._lock)
         except (BlockingIOError, PermissionError) as error:  # what a lock of another process is told by
             self._lock.seek(0)
             raise ValueError(
@@ -146,6 +209,18 @@ class Run:
         self.broken.clear()
 
 
+def _take(file: TextIO) -> None:
+    """Lock a file for this process, or raise what tells of another's lock."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    # Windows keeps others from reading what is locked, so it is a byte far behind the name that they are to read.
+    os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 def check_same(saved: Mapping[str, Any], asked: Mapping[str, Any], run: Run) -> None:
     """Raise ValueError unless the run is resumed with what it was started with."""
     changed = [
@@ -158,8 +233,20 @@ def check_same(saved: Mapping[str, Any], asked: Mapping[str, Any], run: Run) -> 
         )
 
 
+# What asks a run to stop: a scheduler, Ctrl-C, and a scheduler's early warning, which Windows does not have.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker that loads images outlive what asks all processes to stop: the run saves first, and then ends it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
-    """Whether any process was asked to stop, by SIGTERM or SIGUSR1, so that all save and leave after the same step.
+    """Whether any process was asked to stop, so that all save and leave after the same step.
+
+    Ctrl-C asks as a scheduler's SIGTERM and SIGUSR1 do; without torchrun a second one ends the process at once.
 
     Call it once a step on every rank. The answer over several ranks is one step old: it travels, over the host's
     network, while the step is computed, so that nothing waits for it.
@@ -167,7 +254,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
@@ -177,6 +264,9 @@ class Stop:
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
+        if number == signal.SIGINT and self._group is None:  # torchrun repeats what the terminal sent to all
+            os.write(2, b"\nstopping after this step, to save; Ctrl-C again ends the run at once\n")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
         if self._group is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import tyro
+from command import command, read_arguments
 from evaluation import centre_view, feature_width, finish, labelled_images, load_backbone
 from run import join
 from torch import nn
@@ -43,7 +43,7 @@ class Config(Training):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(Config, args=args)
+    config = read_arguments(Config, args)
     device = join(config.device)
     backbone = load_backbone(config, device)
     train, val = labelled_images(config, {"train": None, "val": centre_view(config, backbone)}).values()
@@ -64,4 +64,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

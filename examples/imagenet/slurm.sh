@@ -36,9 +36,6 @@ node() {
 }
 export -f await node
 
-# A store of its own for every start: in the agents' one, restarted ranks may find where their predecessors listened.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
 # SLURM runs a copy of this script, so the project is where the job was submitted from.
 project=${CGH_PROJECT:-$SLURM_SUBMIT_DIR}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

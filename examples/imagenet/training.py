@@ -15,9 +15,8 @@ import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from evaluation import Evaluation, batch_per_rank, normalise, plain, weights_digest
 from log import Log
-from run import PRECISIONS, Run, check_same, write_json
+from run import PRECISIONS, Run, check_same, distribute, write_json
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -111,11 +110,7 @@ def train_classifier(
         write_json(config.folder / "config.json", plain(config))
         steps = config.epochs * len(batches)
         log = Log(config.folder, FIGURES, steps, start * len(batches), log_size, task=config.folder.name)
-    parallel: nn.Module = model
-    if world_size > 1:
-        # Looking for unused parameters, of which there are none, keeps gradients in the buckets that they started in:
-        # sums of many ranks would else differ in bits after resuming.
-        parallel = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    parallel = distribute(model)
 
     for epoch in range(start, config.epochs):
         model.train()
