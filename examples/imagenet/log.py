@@ -86,6 +86,11 @@ class Log:
         if not self._console.is_terminal:
             print(f"step {step}/{self._steps}  {line}", flush=True)
 
+    def note(self, text: str) -> None:
+        """Tell something that is no figure, above the bar."""
+        self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+        self._tell(f"note: {text}")
+
     def _tell(self, line: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}", file=self._text, flush=True)
 

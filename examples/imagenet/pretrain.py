@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from method import Method, parse, spelled
 from plot import draw
 from run import PRECISIONS, Run, Stop, check_same, distribute, effective, join, write_json
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Dataset, Subset
 
@@ -111,18 +112,22 @@ class Recipe:
     """Passes over the images."""
     batch: int = 256
     """Images in a step, over all ranks."""
+    accumulate: int = 1
+    """Parts that a batch goes through the networks in, one after another, in as much less memory; batch norm normalises
+    each by itself, as --batch-norm-splits does."""
     optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
     """AdamW is usual for transformers; LARS, which is timm's, for batches of thousands."""
     lr: float = 0.05
     """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
-    warmup_epochs: float = 5
-    """Epochs until the learning rate is at its highest; from there it falls in a cosine to 0."""
+    warmup_epochs: float | None = None
+    """Epochs until the learning rate is at its highest, before it falls. By default 5, or half of all where those are
+    less."""
     schedule: Literal["cosine", "cosine-epochs", "milestones"] = "cosine"
     """How the learning rate falls after the warm-up: a cosine in steps, a cosine in whole epochs, or tenths."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs after which it is divided by ten, with --schedule milestones."""
-    infonce_epochs: float = 5
-    """Epochs over which InfoNCE fades out."""
+    infonce_epochs: float | None = None
+    """Epochs over which InfoNCE fades out. By default 5, or half of all where those are less."""
     momentum: float = 0.9
     """Of SGD and LARS; of AdamW, of the gradient's mean."""
     weight_decay: float = 1e-4
@@ -183,10 +188,7 @@ class Pretraining:
         self.device = join(config.device)
         config.precision = effective(config.precision, self.device)  # so that the run's files say it
         self.rank, self.world_size = cgh.distributed.rank_and_world_size()
-        if config.batch % self.world_size:
-            raise ValueError(
-                f"--batch {config.batch} does not divide over {self.world_size} ranks; make it a multiple."
-            )
+        check_batch(config, self.world_size)
         self.stop = Stop()
         self.run = Run(config.folder)
         if self.rank == 0:
@@ -213,13 +215,16 @@ class Pretraining:
         log_size = self.resume()
         self.wrapped = wrap(self.model, config)
 
-        self.neighbours = [load_images(config, split) for split in ("train", "val")] if config.knn_epochs else []
+        self.neighbours = load_neighbours(config) if config.knn_epochs else []
+        self.warned = False  # of a collapse
         self.clock = Clock()
         self.saved = time.monotonic()
         self.log = None
         if self.rank == 0:
             write_json(self.run.folder / "config.json", plain(config))
             self.log = Log(self.run.folder, figures_of(self.method), self.steps, self.step, log_size)
+            if note := without_splits(self.model, config, self.world_size):
+                self.log.note(note)
 
     def resume(self) -> int:
         """Go on from the run's last checkpoint, if it has one; return the size of the log at that moment."""
@@ -311,25 +316,32 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         seed = (self.config.seed * self.steps + self.step) * self.world_size + self.rank
-        strong, weak, *local = self.augment([view.to(self.device, non_blocking=True) for view in crops], seed)
-        dtype = PRECISIONS[self.config.precision]
-        try:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                output = self.wrapped(strong, weak, *local)
-        except ValueError as error:
-            raise ValueError(f"step {self.step + 1}: {error} {REMEDY}") from error
+        views = self.augment([view.to(self.device, non_blocking=True) for view in crops], seed)
         self.optimizer.zero_grad()
-        self.scaler.scale(output.loss).backward()
+        output = joined([self.part_of_step(views, part) for part in range(self.config.accumulate)])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         self.losses.add(self.step, output)
         self.clock.count(self.config.batch)
-        if self.step % self.config.log_steps == 0:
+        if self.step % self.config.log_steps == 0 or self.step in (1, self.steps):
             self.write_step(output)  # before the memory takes the batch in, as the losses saw it
         self.model.update(output)
         if self.log:
             self.log.advance(self.step)
+
+    def part_of_step(self, views: Sequence[Tensor], part: int) -> cgh.CGHOutput:
+        """Add the gradients of every so-and-so-many-th image, which the ranks average after the last part."""
+        parts, dtype = self.config.accumulate, PRECISIONS[self.config.precision]
+        early = part + 1 < parts and isinstance(self.wrapped, DistributedDataParallel)
+        try:
+            with self.wrapped.no_sync() if early else contextlib.nullcontext():
+                with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                    output: cgh.CGHOutput = self.wrapped(*(view[part::parts] for view in views))
+                self.scaler.scale(output.loss / parts).backward()
+        except ValueError as error:
+            raise ValueError(f"step {self.step + 1}: {error} {REMEDY}") from error
+        return output
 
     def write_step(self, output: cgh.CGHOutput) -> None:
         """Log the losses of this step, and where the time went since the last row."""
@@ -338,8 +350,13 @@ class Pretraining:
         figures |= dict(zip(self.losses.names, cgh.distributed.mean(losses).tolist(), strict=True))
         if not output.weights.infonce:
             del figures["loss/infonce"]  # it is not computed any more
-        if self.step % (self.config.log_steps * self.config.collapse_rows) == 0:
+        if self.step % (self.config.log_steps * self.config.collapse_rows) == 0 or self.step == self.steps:
             figures |= collapse(output, self.model.memory, self.method)
+            filled = self.step * self.config.batch >= self.model.memory.size and not output.weights.infonce
+            signs = signs_of_collapse(figures, self.model.memory, self.method) if filled and not self.warned else None
+            if self.log and signs:
+                self.log.note(f"step {self.step}: {signs}")
+                self.warned = True
         figures |= dict(zip(TIME, self.clock.lap(self.device), strict=True))
         if self.log:
             speed, waiting, memory = (figures[name] for name in TIME)
@@ -356,7 +373,7 @@ class Pretraining:
             cgh.evaluate.extract_features(
                 backbone,
                 dataset,
-                batch_size=config.batch // self.world_size,
+                batch_size=config.batch // (self.world_size * config.accumulate),
                 workers=config.workers,
                 device=self.device,
                 autocast=PRECISIONS[config.precision],
@@ -416,6 +433,53 @@ class Losses:
         return losses
 
 
+def check_batch(config: Config, world_size: int) -> None:
+    """Raise ValueError unless a batch divides over the ranks, its parts and the groups of batch norm."""
+    if config.accumulate < 1:
+        raise ValueError(f"--accumulate {config.accumulate}; it is 1, for the whole batch at once, or more.")
+    if config.batch % world_size:
+        raise ValueError(f"--batch {config.batch} does not divide over {world_size} ranks; make it a multiple.")
+    images, pieces = config.batch // world_size, config.accumulate * config.batch_norm_splits
+    if images % pieces:
+        raise ValueError(
+            f"--batch {config.batch} is {images} images a rank, which do not divide into --accumulate "
+            f"{config.accumulate} x --batch-norm-splits {config.batch_norm_splits}; make it a multiple of "
+            f"{world_size * pieces}."
+        )
+
+
+def without_splits(model: nn.Module, config: Config, world_size: int) -> str | None:
+    """Return what one device that normalises its batch as one should be told."""
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.student.extractor.modules())
+    if world_size * config.accumulate * config.batch_norm_splits > 1 or not norms:
+        return None
+    return (
+        "one device normalises the whole batch as one, so that batch norm tells the teacher which images are together; "
+        "--batch-norm-splits 8 normalises it as eight devices would."
+    )
+
+
+def joined(parts: Sequence[cgh.CGHOutput]) -> cgh.CGHOutput:
+    """Return what one batch gave from what its parts did, image `i` of it from part `i % parts`."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value.detach() for value in values]).mean(dim=0)
+
+    def rows(embeddings: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([z[name].detach() for z in embeddings], 1).flatten(0, 1) for name in embeddings[0]}
+
+    return cgh.CGHOutput(
+        mean(part.loss for part in parts),
+        mean(part.infonce for part in parts),
+        {pair: mean(part.terms[pair] for part in parts) for pair in parts[0].terms},
+        parts[0].weights,
+        rows([part.student for part in parts]),
+        rows([part.teacher for part in parts]),
+    )
+
+
 def losses_of(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Names of the losses that a step logs."""
     return ["loss/total", "loss/infonce", *(f"loss/{learner}_from_{guide}" for learner, guide in pairs)]
@@ -432,7 +496,12 @@ def figures_of(method: Method) -> list[str]:
 def learning_rate(config: Config, per_epoch: int) -> Callable[[int], float]:
     """Return the learning rate of a step, counted from 0, with `per_epoch` steps in an epoch."""
     base, warmup_steps = config.lr * config.batch / 256, round(config.warmup_epochs * per_epoch)
-    cosine = cgh.LearningRate(base, config.epochs * per_epoch, warmup_steps)
+    try:
+        cosine = cgh.LearningRate(base, config.epochs * per_epoch, warmup_steps)
+    except ValueError as error:
+        raise ValueError(
+            f"--warmup-epochs {config.warmup_epochs:g} does not lie in --epochs {config.epochs}: {error}"
+        ) from error
 
     def by_epochs(step: int) -> float:
         if step < warmup_steps:
@@ -553,6 +622,17 @@ def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // config.knn_images)))
 
 
+def load_neighbours(config: Config) -> list[Dataset[tuple[Tensor, int]]]:
+    """Return training and validation images, as they are evaluated during the run."""
+    try:
+        return [load_images(config, split) for split in ("train", "val")]
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"{error} The accuracy by nearest neighbours takes images with labels, in train and val: --knn-epochs 0 "
+            "pre-trains without it."
+        ) from error
+
+
 @torch.no_grad()
 def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank, method: Method) -> dict[str, float]:
     """Return figures that show a collapse: of 64 images' relations, and of the embeddings of the batch of all ranks.
@@ -577,6 +657,31 @@ def collapse(output: cgh.CGHOutput, memory: cgh.MemoryBank, method: Method) -> d
         agreement = diagnostics.top_neighbour_agreement(relations["student", learner], relations["teacher", guide])
         figures[f"agreement/{learner}_from_{guide}"] = agreement
     return {name: value.item() for name, value in figures.items()}
+
+
+def signs_of_collapse(figures: Mapping[str, float], memory: cgh.MemoryBank, method: Method) -> str | None:
+    """Return what tells of a collapse, once the memory is full of embeddings and InfoNCE has gone.
+
+    Unit vectors that say nothing, but point every way in D dimensions, have similarities of variance 1 / D, and so
+    relations about 1 / (2 D temperature^2) nats below the logarithm of the memory's size. Relations nearer to it than
+    half of that, and than 1 % of it, come from embeddings that point one way, and so does an effective rank below 2.
+    """
+    signs = []
+    for who, temperatures in (("student", method.student_temperature), ("teacher", method.teacher_temperature)):
+        for context in method.contexts:
+            size, dim = memory[context].shape
+            entropy, most = figures[f"entropy/{who}_{context}"], math.log(size)
+            if most - entropy < min(1 / (4 * dim * temperatures[context] ** 2), most / 100):
+                signs.append(f"entropy/{who}_{context} is {entropy:.4g} of at most {most:.4g}")
+            if (rank := figures[f"rank/{who}_{context}"]) < 2:
+                signs.append(f"rank/{who}_{context} is {rank:.3g}")
+    if not signs:
+        return None
+    return (
+        f"the embeddings seem to collapse, every image related to all others alike: {', '.join(signs)}. Look at "
+        "entropy, rank and knn/top1 over the run (plot.py). The usual causes are a learning rate that is too high, a "
+        "warm-up by InfoNCE that is too short, and one device without --batch-norm-splits."
+    )
 
 
 def profiler(folder: Path) -> torch.profiler.profile:
@@ -612,7 +717,11 @@ def parse_arguments(args: Sequence[str] | None = None) -> Config:
         recipe=chosen.recipe,
         **RECIPES[chosen.recipe],
     )
-    return read_arguments(Config, args, default=default)
+    config = read_arguments(Config, args, default=default)
+    short = min(5.0, config.epochs / 2)  # the paper's, or what leaves a short trial something to train on
+    config.warmup_epochs = short if config.warmup_epochs is None else config.warmup_epochs
+    config.infonce_epochs = short if config.infonce_epochs is None else config.infonce_epochs
+    return config
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 import cgh
+from tests.conftest import unit
 from tests.examples.imagenet.runs import EXAMPLE, SMALL, Started, figures, make_images, run, same, start_ranks, trained
 
 pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
@@ -48,9 +53,9 @@ def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> 
     assert {f"ProfilerStep#{step}" for step in range(7, 12)} | {"aten::convolution"} <= events
 
     rows = figures(whole)
-    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16]
+    assert [int(row["step"]) for row in rows] == [1, 2, 4, 6, 8, 8, 10, 12, 14, 16, 16]
     assert float(rows[-1]["knn/top1"]) > 90  # each class has a colour
-    assert [bool(row["loss/infonce"]) for row in rows] == [True] * 4 + [False] * 6  # it has faded out
+    assert [bool(row["loss/infonce"]) for row in rows] == [True] * 5 + [False] * 6  # it has faded out
     for name, most in (
         ("entropy/student_global", 3.69),
         ("rank/teacher_hypercolumn", 8),
@@ -63,7 +68,7 @@ def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> 
 
     board = EventAccumulator(str(whole)).Reload()
     for name in ("loss/total", "knn/top1", "time/waiting_for_data"):
-        assert len(board.Scalars(name)) == (2 if name == "knn/top1" else 8)
+        assert len(board.Scalars(name)) == (2 if name == "knn/top1" else 9)
 
 
 def test_curves_of_several_runs(whole: Path, tmp_path: Path) -> None:
@@ -76,7 +81,14 @@ def test_curves_of_several_runs(whole: Path, tmp_path: Path) -> None:
     assert f"{tmp_path} has no log.csv; name the --folder of a run" in failed.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_run_goes_on_bit_by_bit(number: int, root: Path, whole: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, "--root", root, "--folder", tmp_path / "run", "--knn-epochs=1"]
     started = Started([*arguments, "--workers=2"], tmp_path / "output.txt")
@@ -102,7 +114,7 @@ def test_after_a_kill_the_log_is_cut_to_the_checkpoint(root: Path, whole: Path, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("loss/total")
-    assert [event.step for event in scalars] == list(range(2, 17, 2))
+    assert [event.step for event in scalars] == [1, *range(2, 17, 2)]
 
 
 @pytest.mark.slow
@@ -192,7 +204,8 @@ def test_what_is_not_finite_is_named_and_not_saved(every: str, message: str, roo
     ("arguments", "message"),
     [
         (["--dim=32"], "holds another run: dim was 16 and is now 32. Start with the same options"),
-        (["--warmup-epochs=3"], "warmup_steps is 24 of 16 steps"),
+        (["--warmup-epochs=3"], "--warmup-epochs 3 does not lie in --epochs 2: warmup_steps is 24 of 16 steps"),
+        (["--accumulate=3"], "do not divide into --accumulate 3 x --batch-norm-splits 1; make it a multiple of 3"),
         (["--arch=resnet19"], "arch is 'resnet19', which is no classifier of torchvision"),
         pytest.param(
             ["--device=cuda"],
@@ -212,3 +225,78 @@ def test_a_batch_that_does_not_divide_over_the_ranks(root: Path, tmp_path: Path)
     ranks = start_ranks(2, [*SMALL, "--root", root, "--folder", tmp_path / "run", "--batch=9"], tmp_path)
     assert [rank.wait() for rank in ranks] == [1, 1]
     assert "--batch 9 does not divide over 2 ranks; make it a multiple" in ranks[0].text()
+
+
+# What a run tells
+
+
+@pytest.fixture
+def pretrain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    return importlib.import_module("pretrain")
+
+
+@pytest.mark.parametrize(("dim", "size"), [(512, 20_000), (16, 64)])
+def test_embeddings_that_point_one_way_are_told_from_those_that_say_nothing(
+    pretrain: ModuleType, dim: int, size: int
+) -> None:
+    method = pretrain.parse(["a", "b"], [], pretrain.Recipe.student_temperature, pretrain.Recipe.teacher_temperature)
+    memory = cgh.MemoryBank({"global": dim, "hypercolumn": dim}, size)  # random, so that relations to it say nothing
+    noise = {name: unit(64, dim, seed=i, dtype=torch.float32) for i, name in enumerate(memory.dims)}
+    output = cgh.CGHOutput(*[torch.zeros(())] * 2, {}, cgh.LossWeights()(0), noise, noise)
+    assert pretrain.signs_of_collapse(pretrain.collapse(output, memory, method), memory, method) is None
+
+    one = torch.nn.functional.normalize(torch.ones(size, dim) + 0.01 * torch.randn(size, dim))
+    memory.enqueue(dict.fromkeys(memory.dims, one))
+    output = output._replace(teacher=dict.fromkeys(memory.dims, one[:64]))
+    signs = pretrain.signs_of_collapse(pretrain.collapse(output, memory, method), memory, method)
+    for name in memory.dims:
+        assert f"entropy/teacher_{name} is {math.log(size):.4g} of at most" in signs
+        assert f"rank/teacher_{name} is 1." in signs
+        assert f"rank/student_{name}" not in signs
+
+
+@pytest.mark.parametrize("options", [["--epochs=1"], ["--epochs=1", "--accumulate=2"]])
+def test_a_short_trial_works_and_logs_its_first_and_last_step(root: Path, tmp_path: Path, options: list[str]) -> None:
+    small = [option for option in SMALL if not option.startswith(("--warmup", "--infonce", "--log", "--epochs"))]
+    text = run([*small, "--root", root, "--folder", tmp_path / "run", *options], tmp_path / "output.txt")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["warmup_epochs"], config["infonce_epochs"]) == (0.5, 0.5)
+    rows = figures(tmp_path / "run")
+    assert [int(row["step"]) for row in rows] == [1, 8]
+    assert [bool(row["rank/student_global"]) for row in rows] == [False, True]
+    assert ("--batch-norm-splits 8 normalises it as eight devices would" in text) == (len(options) == 1)
+    assert "Warning" not in text
+
+
+def test_images_without_labels_name_the_option_that_does_without(root: Path, tmp_path: Path) -> None:
+    options = [*SMALL, "--root", root / "train" / "class_0", "--folder", tmp_path, "--knn-epochs=1"]
+    failed = Started(options, tmp_path / "output.txt")
+    assert failed.wait() == 1
+    assert "in train and val: --knn-epochs 0 pre-trains without it" in failed.text()
+
+
+def test_accumulation_updates_as_the_whole_batch_does(
+    pretrain: ModuleType, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(accumulate: int, splits: int) -> dict[str, Tensor]:
+        folder = tmp_path / str(accumulate)
+        options = ["--root", str(root), "--folder", str(folder), "--warmup-epochs=0", f"--accumulate={accumulate}"]
+        training = pretrain.Pretraining(pretrain.parse_arguments([*SMALL, *options]))
+        # Two parts are normalised as two groups are; the teacher's shuffling would mix each of them by itself.
+        if splits > 1:
+            cgh.SplitBatchNorm2d.convert(training.model, splits)
+        training.model.double().shuffle = None
+        augment = training.augment
+        training.augment = lambda crops, seed: [view.double() for view in augment(crops, seed)]
+        for crops, _ in itertools.islice(training.batches.epoch(0), 3):
+            training.train_step(crops)
+        training.log.close()
+        assert (training.step, int(training.model.steps), training.model.memory.pointer) == (3, 3, 24)
+        return {name: x.clone() for name, x in training.model.state_dict().items() if x.is_floating_point()}
+
+    monkeypatch.setattr(pretrain, "Stop", lambda: None)
+    whole, parts = train(1, splits=2), train(2, splits=1)
+    for name, x in whole.items():
+        if "running" not in name:  # which move once for each part
+            assert torch.allclose(parts[name], x, rtol=1e-6, atol=1e-8), name
