@@ -4,18 +4,19 @@ python benchmarks/data.py --images /data/imagenet/val    # a folder or tar file 
 
 The baseline is the pipeline that is usual for this kind of training: Pillow decodes, torchvision's first transforms
 crop, colour and blur image by image. The three take turns, and a figure is the median over the rounds, by the time of
-the CPU, so that other processes matter little.
+the CPU, so that other processes matter little. A second table has decoding alone, by each decoder that is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from cgh import views
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "imagenet"))
 from data import Batches, DataConfig
+from files import decode_by_pillow
 
 
 @dataclass
@@ -101,6 +103,24 @@ PIPELINES = {
 """By name; the first is what the others are compared with."""
 
 
+def decoders() -> dict[str, Callable[[bytes], Tensor]]:
+    """Return the decoders of JPEGs by name; torchvision's is deprecated since its version 0.29."""
+    found: dict[str, Callable[[bytes], Tensor]] = {"Pillow": decode_by_pillow}
+
+    def as_tensor(encoded: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+    with contextlib.suppress(ImportError):
+        from torchvision.io import decode_jpeg
+
+        found["torchvision"] = lambda x: decode_jpeg(as_tensor(x), "RGB", apply_exif_orientation=True)
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        import torchcodec.decoders
+
+        found["torchcodec"] = lambda x: torchcodec.decoders.decode_jpeg(as_tensor(x))
+    return found
+
+
 def make_images(folder: Path, count: int) -> None:
     """Write JPEGs of ImageNet's median size whose spectrum falls as that of photographs does."""
     height, width = 375, 500
@@ -139,6 +159,14 @@ def main(config: Config) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     with tempfile.TemporaryDirectory() as scratch:
         root = jpegs(config.images, count if config.images else min(count, 200), Path(scratch))
+        encoded = [path.read_bytes() for path in sorted(root.rglob("*.jpg"))]
+        decoding: dict[str, list[float]] = {name: [] for name in decoders()}
+        for _ in range(rounds + 1):
+            for name, decode in decoders().items():
+                start = time.process_time()
+                for image in encoded:
+                    decode(image)
+                decoding[name].append(len(encoded) / (time.process_time() - start))
         speeds: dict[str, list[float]] = {name: [] for name in PIPELINES}
         for _ in range(rounds + 1):
             for name, pipeline in PIPELINES.items():
@@ -146,13 +174,19 @@ def main(config: Config) -> None:
                 batches = sum(1 for _ in pipeline(root, config.batch))
                 speeds[name].append(batches * config.batch / (time.process_time() - start))
 
-    table = Table(title="Two 224-pixel views of a JPEG, one core")
-    table.add_column("pipeline")
+    show("Two 224-pixel views of a JPEG, one core", "pipeline", speeds)
+    show("Decoding a JPEG alone, one core", "decoder", decoding)
+
+
+def show(title: str, what: str, speeds: dict[str, list[float]]) -> None:
+    """Print the medians of all rounds but the first, which warms up, beside the first row's."""
+    table = Table(title=title)
+    table.add_column(what)
     table.add_column("images/s", justify="right")
     table.add_column("times Pillow's", justify="right")
-    medians = {name: statistics.median(speed[1:]) for name, speed in speeds.items()}  # the first round warms up
+    medians = {name: statistics.median(speed[1:]) for name, speed in speeds.items()}
     for name, median in medians.items():
-        table.add_row(name, f"{median:.0f}", f"{median / medians[next(iter(PIPELINES))]:.2f}")
+        table.add_row(name, f"{median:.0f}", f"{median / next(iter(medians.values())):.2f}")
     Console().print(table)
 
 

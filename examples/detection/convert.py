@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ import tyro
 from torch import nn
 
 from cgh.interop import trained_backbone
+
+sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose scripts end in the same way
+from command import command
 
 # torchvision's names and detectron2's, which has the norm inside its convolution and counts the stem as stage 1.
 NAMES = {
@@ -95,4 +99,4 @@ def convert(
 
 
 if __name__ == "__main__":
-    tyro.cli(convert)
+    command(lambda: tyro.cli(convert))

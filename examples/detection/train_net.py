@@ -30,6 +30,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from cgh.interop.matching import check_match
 
+sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose scripts end in the same way
+from command import command
+
 try:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import CfgNode, get_cfg
@@ -355,4 +358,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command(lambda: main(tyro.cli(Config)))

@@ -43,6 +43,7 @@ TORCHVISION = {
     "cifar100": (datasets.CIFAR100, "cifar-100-python"),
     "stl10": (datasets.STL10, "stl10_binary"),
 }
+HOST = torch.device("cpu")  # where images are found, decoded and dealt out, whatever torch.set_default_device says
 MIXED_SHARDS = 16  # shards that are shuffled together, so that reading keeps to a few files at a time
 
 
@@ -73,20 +74,23 @@ def images(config: DataConfig, split: Split, transform: Callable[[Tensor], Any] 
     """
     if not config.root.is_dir():
         raise FileNotFoundError(f"root is {config.root}, which is no folder.")
-    if config.dataset == "folder":
-        source, labels, classes = _folders(config.root, split, FOLDERS)
-    elif config.dataset == "tiny-imagenet":
-        source, labels, classes = _tiny_imagenet(config.root, split)
-    elif config.dataset == "webdataset":
-        source, labels, classes = _shards(config.root, split, config.shard_images)
-    else:
-        source, labels, classes = _torchvision(config.root, split, *TORCHVISION[config.dataset])
-    kept = torch.arange(len(labels))
-    if config.subset is not None:
-        kept, labels, classes = _subset(config.subset, split, source.names, labels, classes)
-    if not len(kept):
-        raise ValueError(f"{config.root} has no {split} images" + f" of {config.subset}." * (config.subset is not None))
-    return Images(source, kept, labels, classes, transform, config.skip_bad_images)
+    with HOST:
+        if config.dataset == "folder":
+            source, labels, classes = _folders(config.root, split, FOLDERS)
+        elif config.dataset == "tiny-imagenet":
+            source, labels, classes = _tiny_imagenet(config.root, split)
+        elif config.dataset == "webdataset":
+            source, labels, classes = _shards(config.root, split, config.shard_images)
+        else:
+            source, labels, classes = _torchvision(config.root, split, *TORCHVISION[config.dataset])
+        kept = torch.arange(len(labels))
+        if config.subset is not None:
+            kept, labels, classes = _subset(config.subset, split, source.names, labels, classes)
+        if not len(kept):
+            raise ValueError(
+                f"{config.root} has no {split} images" + f" of {config.subset}." * (config.subset is not None)
+            )
+        return Images(source, kept, labels, classes, transform, config.skip_bad_images)
 
 
 class Batches:
@@ -149,11 +153,12 @@ class Batches:
 
     def _order(self, epoch: int) -> Tensor:
         """The images in an order of this epoch's own, a few shards after a few others."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        order = torch.randperm(len(self.images), generator=generator)
-        shard = self.images.source.shard[self.images.kept[order]]
-        turn = torch.randperm(int(self.images.source.shard.max()) + 1, generator=generator) // MIXED_SHARDS
-        return order[turn[shard].argsort(stable=True)]
+        with HOST:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            order = torch.randperm(len(self.images), generator=generator)
+            shard = self.images.source.shard[self.images.kept[order]]
+            turn = torch.randperm(int(self.images.source.shard.max()) + 1, generator=generator) // MIXED_SHARDS
+            return order[turn[shard].argsort(stable=True)]
 
 
 class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
@@ -164,8 +169,8 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[tuple[Tensor, ...], int, list[int]]:
         epoch, index = item
-        image, label, bad = self.images.load(index)
-        with torch.random.fork_rng(devices=[]):
+        with HOST, torch.random.fork_rng(devices=[]):
+            image, label, bad = self.images.load(index)
             # This generator alone: torch.manual_seed remembers every call for devices that are not in use.
             torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
             return self.crops(image), label, bad
@@ -174,7 +179,8 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start a loader's workers, to be ended with this process."""
     others = {*multiprocessing.active_children()}
-    batches = iter(loader)
+    with HOST:
+        batches = iter(loader)
     _workers.update({*multiprocessing.active_children()} - others)
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)  # after PyTorch's own, so that it is called before them
@@ -199,7 +205,8 @@ def _mix(*numbers: int) -> int:
 
 def _collate(items: list[tuple[tuple[Tensor, ...], int, list[int]]]) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:
     views, labels, bad = zip(*items, strict=True)
-    return tuple(_stack(view) for view in zip(*views, strict=True)), torch.tensor(labels), [*chain(*bad)]
+    with HOST:
+        return tuple(_stack(view) for view in zip(*views, strict=True)), torch.tensor(labels), [*chain(*bad)]
 
 
 def _stack(views: tuple[Tensor, ...]) -> Tensor:
@@ -231,8 +238,9 @@ class Images(Dataset[tuple[Any, int]]):
         return len(self.kept)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label, _ = self.load(index)
-        return (self.transform(image) if self.transform else image), label
+        with HOST:
+            image, label, _ = self.load(index)
+            return (self.transform(image) if self.transform else image), label
 
     def load(self, index: int) -> tuple[Tensor, int, list[int]]:
         """Return an image, its label, and the indices of the bad images in whose place it stands."""

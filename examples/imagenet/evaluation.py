@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -128,11 +129,19 @@ def labelled_images(config: Evaluation, transforms: Mapping[str, Any]) -> dict[s
     """Return the images of each split, whose transform is given.
 
     Raises:
-        ValueError: two splits number classes differently.
+        ValueError: images without label, or two splits number classes differently.
     """
-    datasets = {split: images(config.data, split, transform) for split, transform in transforms.items()}
+    datasets = {split: labelled(images(config.data, split, transform)) for split, transform in transforms.items()}
     check_classes({split: dataset.classes for split, dataset in datasets.items()})
     return datasets
+
+
+def labelled(dataset: Images) -> Images:
+    """Return the data set, once it is sure that each of its images has a label."""
+    if without := (dataset.labels < 0).nonzero()[:, 0].tolist():
+        name = os.fsdecode(dataset.source.names[dataset.kept[without[0]]])
+        raise ValueError(f"{len(without)} of {len(dataset)} images have no label, such as {name}.")
+    return dataset
 
 
 def check_classes(classes: Mapping[str, Sequence[str]]) -> None:

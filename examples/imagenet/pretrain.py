@@ -26,7 +26,7 @@ import torchvision.transforms.v2 as T
 import tyro
 from command import command, read_arguments
 from data import Batches, DataConfig, images
-from evaluation import normalise, plain
+from evaluation import labelled, normalise, plain
 from log import Clock, Log, read
 from method import Method, parse, spelled
 from plot import draw
@@ -618,7 +618,7 @@ def load_images(config: Config, split: Literal["train", "val"]) -> Dataset[tuple
     """Return images of a split as they are evaluated, evenly chosen where there are more than asked for."""
     resize = config.crop_size if config.small_images else config.crop_size * 256 // 224
     crop = [T.Resize(resize, T.InterpolationMode.BICUBIC), T.CenterCrop(config.crop_size)]  # as knn.py does
-    dataset = images(config.data, split, T.Compose([*crop, normalise()]))
+    dataset = labelled(images(config.data, split, T.Compose([*crop, normalise()])))
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // config.knn_images)))
 
 

@@ -259,7 +259,7 @@ class Stop:
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]  # every rank is a member
-        self._answer = torch.zeros(1)
+        self._answer = torch.zeros(1, device="cpu")
         self._work: dist.Work | None = None
 
     def _ask(self, number: int, frame: object) -> None:
@@ -274,6 +274,6 @@ class Stop:
         if self._work is not None:
             self._work.wait()
         agreed = bool(self._answer)
-        self._answer = torch.tensor([float(self.asked)])
+        self._answer = torch.tensor([float(self.asked)], device="cpu")
         self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, self._group, async_op=True)
         return agreed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cgh import checkpoint
+
+sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # where images are found and decoded in the same way
+from files import list_folders, list_images, read_image
 
 
 class Images(NamedTuple):
@@ -71,8 +74,15 @@ def _decode(root: Path, split: str) -> tuple[Tensor, Tensor]:
             f"{root} has no folder {split!r} with a folder of images for each class, and none of torchvision's CIFAR; "
             "give --root the folder that holds one of them."
         )
-    folder = torchvision.datasets.ImageFolder(str(root / split), pil_to_tensor)
-    pixels, labels = zip(*folder, strict=True)
+    classes = list_folders(root / split)
+    files = [
+        (root / split / name / path, label)
+        for label, name in enumerate(classes)
+        for path in list_images(root / split / name)
+    ]
+    if len({label for _, label in files}) < len(classes) or not files:
+        raise ValueError(f"{root / split} needs an image in the folder of every class; it has {len(files)} images.")
+    pixels = [read_image(path) for path, _ in files]
     if len({image.shape for image in pixels}) > 1:
         raise ValueError(f"{root / split} holds images of different sizes; this study needs one size, such as 32.")
-    return torch.stack(pixels), torch.tensor(labels)
+    return torch.stack(pixels), torch.tensor([label for _, label in files])

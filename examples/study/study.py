@@ -264,6 +264,11 @@ class Study:
         self.train, self.test = train.to(self.device), test.to(self.device)
         if len(train.labels) < budget.batch:
             raise ValueError(f"{len(train.labels)} images do not fill a batch of {budget.batch}; lower --batch.")
+        if self.device.type == "cpu" and budget.width < 8:
+            raise ValueError(
+                f"--width {budget.width} on a CPU: with fewer than 8 channels, channels last, PyTorch's gradients are "
+                "wrong on some processors (1x1 convolutions of stride 2, without AVX-512). Take 8 or more."
+            )
         self.steps_per_epoch = len(train.labels) // budget.batch
         self.crops = views.BatchCrops(budget.size, budget.crop)
         layout = {"memory_format": torch.channels_last}
@@ -610,4 +615,6 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Run | Search | Factors | Table, description=__doc__.splitlines()[0]))
+    from command import command  # beside the scripts of ImageNet, where images.py looks too
+
+    command(lambda: main(tyro.cli(Run | Search | Factors | Table, description=__doc__.splitlines()[0])))

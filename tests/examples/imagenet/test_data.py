@@ -258,6 +258,14 @@ def test_what_cannot_be_told_of_a_shard_is_refused(
         load(tmp_path, "train", "webdataset")
 
 
+def test_images_of_shards_without_label_are_no_evaluation(tmp_path: Path) -> None:
+    from evaluation import labelled
+
+    make_shard(tmp_path / "train" / "0.tar", {"a.png": None, "a.cls": b"1", "b.png": None})
+    with pytest.raises(ValueError, match=r"1 of 2 images have no label, such as b.png"):
+        labelled(load(tmp_path, "train", "webdataset"))
+
+
 def test_the_images_of_a_shard_are_told_from_their_masks_by_a_suffix(tmp_path: Path) -> None:
     files = {"a.jpg": None, "a.png": None, "a.cls": b"4", "b.jpg": None, "b.seg.png": None, "b.v2.jpg": None}
     make_shard(tmp_path / "train" / "0.tar", files)
@@ -563,6 +571,19 @@ def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("dataset", "workers"), [("folder", 1), ("webdataset", 0)])
+def test_the_default_device_is_left_alone(tmp_path: Path, dataset: str, workers: int) -> None:
+    root = make_folder(tmp_path) if dataset == "folder" else make_shards(tmp_path)
+    whole = run(root, dataset=dataset)
+    try:
+        torch.set_default_device("meta")  # an accelerator's counterpart: its tensors meet no generator of the CPU
+        again = run(root, dataset=dataset, workers=workers)
+        assert torch.zeros(()).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+    assert same(again, whole)
+
+
 @pytest.mark.parametrize("dataset", ["folder", "webdataset"])
 def test_an_epoch_is_dealt_out_to_the_ranks(tmp_path: Path, dataset: str) -> None:
     from data import Batches, DataConfig
@@ -622,7 +643,6 @@ def test_an_epoch_can_be_left_early(tmp_path: Path) -> None:
     assert same([first], again[:1])
 
 
-@pytest.mark.slow
 def test_a_process_ends_with_an_epoch_under_way(tmp_path: Path) -> None:
     make_folder(tmp_path)
     script = f"""
@@ -634,7 +654,8 @@ from cgh import views
 batches = Batches(DataConfig(Path({str(tmp_path)!r})), views.Crops(8), 2, workers=1).epoch(0)
 next(batches)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=200, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
