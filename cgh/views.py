@@ -269,7 +269,7 @@ class Augmentation(nn.Module):
             rows = None
             if self.colour and i != self.weak:
                 rows, parameters = parameters[: len(view)], parameters[len(view) :]
-            output.append(self._kernels(view, rows) if HAS_TRITON and view.is_cuda else self._plain(view, rows))
+            output.append(self._kernels(view, rows) if _has_kernels(view) else self._plain(view, rows))
         return tuple(output)
 
     def _kernels(self, view: Tensor, parameters: Tensor | None) -> Tensor:
@@ -340,6 +340,11 @@ class Colour:
             x = colours.blur_one(x, draws.sigma.item())
         # By way of int16, because PyTorch converts to bytes one by one.
         return x.mul(255).add_(0.5).to(torch.int16).to(torch.uint8)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether Triton runs where `x` is: on CUDA, except on GPUs that are older than it supports."""
+    return HAS_TRITON and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (7, 0)
 
 
 def _turn_hue(x: Tensor, turns: float) -> Tensor:

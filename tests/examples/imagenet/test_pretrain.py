@@ -44,6 +44,7 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_its_configuration_weights_logs_and_curves(whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     assert (config["arch"], config["batch"], config["layers"]) == ("resnet18", 8, ["layer3", "layer4"])
+    assert config["precision"] == "float32"  # what "auto" is on a CPU
     assert cgh.interop.trained_backbone(whole / "checkpoint.pt")(torch.randn(2, 3, 32, 32)).shape == (2, 512)
     state = trained(whole)
     assert (state["epoch"], state["step"], state["model"]["_extra_state"].item()) == (2, 16, 16)
@@ -300,3 +301,22 @@ def test_accumulation_updates_as_the_whole_batch_does(
     for name, x in whole.items():
         if "running" not in name:  # which move once for each part
             assert torch.allclose(parts[name], x, rtol=1e-6, atol=1e-8), name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_step_waits_for_the_gpu(precision: str, pretrain: ModuleType, root: Path, tmp_path: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    arguments = [*SMALL, "--root", str(root), "--folder", str(tmp_path), "--device=cuda", f"--precision={precision}"]
+    training = pretrain.Pretraining(pretrain.parse_arguments([*arguments, "--no-compile", "--log-steps=1000"]))
+    try:
+        for number, (crops, _) in enumerate(training.batches.epoch(0)):
+            if number == 3:  # once all is loaded that is loaded on first use
+                torch.cuda.set_sync_debug_mode("error")
+            training.train_step(crops)
+            assert not training.stop()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        training.close(finished=False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
