@@ -105,8 +105,9 @@ def _nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, T
 
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` largest of each row and their columns, the largest first, and of equal ones the lower column."""
-    best, index = similarity.topk(k, dim=1)
-    contested = (similarity >= best[:, -1:]).sum(dim=1) > k  # topk takes any of those that equal the last
+    best, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    contested = (best[:, k:] == best[:, k - 1 : k]).any(dim=1)  # topk takes any of those that equal the last
+    best, index = best[:, :k], index[:, :k]
     if contested.any():
         values, columns = similarity[contested].sort(dim=1, descending=True, stable=True)
         best[contested], index[contested] = values[:, :k], columns[:, :k]
