@@ -6,7 +6,8 @@ python examples/study/study.py run --root CIFAR --searched runs/study/search
 python examples/study/study.py table                                      # table.md, results.csv, curves.png
 
 `run` trains every method with every seed, evaluates it and goes on where it was stopped: `--minutes 8` fits it into
-stretches of ten minutes. On a GPU it computes in bfloat16, compiled; on a CPU choose a small `--width` and `--size`.
+stretches of ten minutes. On a GPU it computes in bfloat16, compiled, a step being one
+CUDA graph; on a CPU choose a small `--width` and `--size`.
 """
 
 from __future__ import annotations
