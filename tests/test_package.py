@@ -92,6 +92,8 @@ model = cgh.CGH(features, memory_size=32)
 probe = cgh.watch.OnlineProbe(width=8, classes=2)
 look = cgh.watch.Watch(model, [cgh.watch.CSV("log.csv")], probe=probe)
 images = torch.randn(2, 3, 8, 8)
+reveal_type(student(images))
+reveal_type(criterion(student(images), student(images), memory))
 reveal_type(model(images, images).loss)
 reveal_type(look(1, model(images, images)))
 reveal_type(cgh.interop.from_pretrained("folder"))
@@ -110,6 +112,8 @@ def test_a_users_script_is_typed(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     revealed = re.findall(r'Revealed type is "([^"]+)"', done.stdout)
     assert [name.replace("builtins.", "") for name in revealed] == [
+        "dict[str, torch._tensor.Tensor]",
+        "torch._tensor.Tensor",
         "torch._tensor.Tensor",
         "dict[str, float]",
         "torch.nn.modules.module.Module",

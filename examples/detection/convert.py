@@ -1,4 +1,4 @@
-"""A pre-trained ResNet in detectron2's format, for `train_net.py` or any other trainer of detectron2.
+"""A pre-trained backbone in detectron2's format, for `train_net.py` or any other trainer of detectron2.
 
 python examples/detection/convert.py runs/imagenet/checkpoint.pt runs/imagenet/backbone.pkl
 
@@ -35,6 +35,11 @@ NAMES = {
     "downsample.1": "shortcut.norm",
 }
 
+# What timm's plain vision transformer and detectron2's have in common, by the same names.
+VIT = ("patch_embed.proj.", "pos_embed", "blocks.")
+VIT_PARTS = ("norm1", "attn", "norm2", "mlp")
+VIT_LEFT = {"cls_token", "norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias"}
+
 
 def detectron2_name(key: str) -> str:
     """Return what detectron2 calls a tensor of torchvision's ResNet.
@@ -53,18 +58,35 @@ def detectron2_checkpoint(backbone: nn.Module) -> dict[str, Any]:
     """Return what detectron2 reads from a `.pkl`: the tensors as arrays, by names that it completes itself.
 
     Args:
-        backbone: a ResNet of torchvision (18 to 152) without its classifier.
+        backbone: without its classifier: a ResNet of torchvision or timm with the usual stem, or a plain vision
+            transformer of timm, whose class token and last norm detectron2's `ViT` does without.
 
     Raises:
-        ValueError: its first convolution is the 3x3 one for small images, which detectron2's ResNet lacks.
+        ValueError: detectron2 has no such backbone; what it has not is named.
     """
-    side = backbone.get_parameter("conv1.weight").shape[-1]
-    if side != 7:
-        raise ValueError(
-            f"the backbone starts with a convolution of {side}x{side}, the one for small images; detectron2's "
-            "ResNet has one of 7x7 and a max pool: convert a backbone that was pre-trained without small_images."
+    state = backbone.state_dict()
+    if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
+        kept = {key: x for key, x in state.items() if key.startswith(VIT)}
+        others = state.keys() - kept.keys() - VIT_LEFT
+        foreign = sorted(
+            others | {key for key in kept if key.startswith("blocks.") and key.split(".")[2] not in VIT_PARTS}
         )
-    arrays = {detectron2_name(key): x.numpy() for key, x in backbone.state_dict().items()}
+        if foreign:
+            raise ValueError(f"the transformer has {', '.join(foreign[:5])}, which detectron2's ViT has not.")
+    elif "conv1.weight" in state and "layer4.0.conv1.weight" in state:
+        side = state["conv1.weight"].shape[-1]
+        if side != 7:
+            raise ValueError(
+                f"the backbone starts with a convolution of {side}x{side}, the one for small images; detectron2's "
+                "ResNet has one of 7x7 and a max pool: convert a backbone that was pre-trained without small_images."
+            )
+        kept = {detectron2_name(key): x for key, x in state.items()}
+    else:
+        raise ValueError(
+            f"detectron2 has no backbone like this {type(backbone).__name__}; it has ResNets with the usual stem, and "
+            "timm's plain vision transformers."
+        )
+    arrays = {key: x.numpy() for key, x in kept.items()}
     return {"model": arrays, "__author__": "cgh", "matching_heuristics": True}
 
 
@@ -75,7 +97,7 @@ def convert(
     checkpoint_key: str | None = None,
     encoder_key: str | None = None,
 ) -> None:
-    """Write a pre-trained ResNet in detectron2's format.
+    """Write a pre-trained backbone in detectron2's format.
 
     Args:
         checkpoint: of a pre-training run, of the reference implementation, or plain weights of torchvision.

@@ -121,3 +121,29 @@ def test_detectron2_computes_torchvisions_maps(convert: ModuleType, tmp_path: Pa
     for name in ("res4", "res5"):
         assert expected[name].std() > 0
         torch.testing.assert_close(maps[name], expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item())
+
+
+def test_a_plain_vision_transformer_keeps_its_names(convert: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    backbone = cgh.interop.build_backbone("timm/vit_tiny_patch16_224")
+    torch.save(backbone.state_dict(), tmp_path / "vit.pth")
+    convert.convert(tmp_path / "vit.pth", tmp_path / "vit.pkl", arch="timm/vit_tiny_patch16_224")
+    model = pickle.loads((tmp_path / "vit.pkl").read_bytes())["model"]
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    names = {f"blocks.{n}.{part}.{kind}" for n in range(12) for part in block for kind in ("weight", "bias")}
+    assert model.keys() == names | {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    np.testing.assert_array_equal(model["blocks.3.attn.qkv.weight"], backbone.blocks[3].attn.qkv.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("timm/convnext_atto", "detectron2 has no backbone like this ConvNeXt"),
+        ("timm/vit_small_patch14_reg4_dinov2", r"the transformer has blocks\.0\.ls1\.gamma, "),
+        ("timm/resnet18d", "ResNets with the usual stem"),
+    ],
+)
+def test_backbones_that_detectron2_has_not(arch: str, message: str, convert: ModuleType) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=message):
+        convert.detectron2_checkpoint(cgh.interop.build_backbone(arch))
