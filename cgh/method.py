@@ -186,8 +186,8 @@ class CGH(Counted):
         weights = self.weights.of(self._count.to(relation.dtype))
         loss = weights.infonce * infonce + 2 * weights.relation * relation
         # DistributedDataParallel waits for a gradient of every parameter, also of those that nothing learns by.
-        idle = student.keys() - {learner for learner, _ in terms}
-        loss = loss + sum(0 * student[name].sum() for name in idle)
+        for name in student.keys() - {learner for learner, _ in terms}:
+            loss = loss + 0 * student[name].sum()
         return CGHOutput(loss, infonce, terms, weights, student, teacher)
 
     @distributed.outside_graphs

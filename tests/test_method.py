@@ -359,3 +359,40 @@ def test_an_output_shows_its_losses_and_shapes() -> None:
     assert terms[0] == f"  global from hypercolumn: {output.terms['global', 'hypercolumn'].item():.4f}"
     assert student == "  student: global (4, 8), hypercolumn (4, 8)"
     assert teacher == "  teacher: global (4, 8), hypercolumn (4, 8)"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_a_whole_step_is_one_graph() -> None:
+    eager = tiny(warmup_steps=5, centring_momentum=0.9, memory_size=21).cuda()
+    model = copy.deepcopy(eager)
+    views = [view.cuda() for view in small_views(0)]
+    optimizers = {id(run): sgd(run) for run in (eager, model)}
+
+    def step(run: cgh.CGH) -> None:
+        optimizer = optimizers[id(run)]
+        output = run(*views)
+        optimizer.zero_grad(set_to_none=False)
+        output.loss.backward()
+        optimizer.step()
+        run.update(output)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model)
+    for number in range(3, 9):  # across the end of the warm-up, and of the bank
+        for view, new in zip(views, small_views(number), strict=True):
+            view.copy_(new)
+        graph.replay()
+    for number in (0, 0, 0, *range(3, 9)):
+        for view, new in zip(views, small_views(number), strict=True):
+            view.copy_(new)
+        step(eager)
+    assert model.steps == model.teacher.updates == model.shuffle.calls == 9
+    assert model.memory.pointer == 9 * 8 % 21
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())

@@ -77,6 +77,6 @@ def labelled_share(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     chosen = []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        order = torch.randperm(len(members), generator=generator)
+        order = torch.randperm(len(members), generator=generator, device="cpu")
         chosen.append(members[order[: max(1, round(fraction * len(members)))]])
     return torch.cat(chosen).sort().values
