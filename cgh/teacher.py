@@ -86,9 +86,15 @@ class EMATeacher(Counted):
                 "the teacher outside of the graph."
             )
         momentum = _check_momentum(self.momentum(self._seen)) if callable(self.momentum) else self.momentum
-        averages = self.averages.follow(ours)
-        goals = [theirs[n] if theirs[n].dtype == x.dtype else theirs[n].to(x.dtype) for n, x in averages.items()]
-        torch._foreach_lerp_(list(averages.values()), goals, 1.0 - momentum)
+        averages, goals = [], []
+        for name, x in self.averages.follow(ours).items():
+            if x.is_floating_point() or x.is_complex():
+                averages.append(x)
+                goals.append(theirs[name] if theirs[name].dtype == x.dtype else theirs[name].to(x.dtype))
+            else:
+                x.copy_(theirs[name])  # of whole numbers and truth values there is no average
+        if averages:
+            torch._foreach_lerp_(averages, goals, 1.0 - momentum)
         self.averages.write(ours)
         self._advance()
 
@@ -200,8 +206,8 @@ def _copy(student: nn.Module) -> nn.Module:
             if isinstance(x, Tensor) and not x.is_leaf:
                 raise TypeError(
                     f"the student's {f'{name}.{key}'.removeprefix('.')!r} was computed with gradient and cannot be "
-                    "copied. Of torch.nn.utils.weight_norm or spectral_norm, take those in "
-                    "torch.nn.utils.parametrizations; else detach it."
+                    "copied. In place of torch.nn.utils.weight_norm or spectral_norm take those of "
+                    "torch.nn.utils.parametrizations; end pruning by torch.nn.utils.prune.remove; else detach it."
                 )
     try:
         return copy.deepcopy(student)

@@ -207,6 +207,20 @@ def test_students_that_cannot_be_copied_or_have_gone_elsewhere() -> None:
         teacher.update(student.bfloat16().to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_parameters_of_any_kind_follow(dtype: torch.dtype) -> None:
+    student = nn.Linear(2, 2)
+    student.register_parameter("extra", nn.Parameter(torch.ones(3).to(dtype), requires_grad=False))
+    teacher = cgh.EMATeacher(student, momentum=0.5)
+    with torch.no_grad():
+        student.extra.zero_()
+    for _ in range(3):
+        teacher.update(student)
+    expected = torch.full((3,), 0.125 if dtype.is_floating_point or dtype.is_complex else 0.0).to(dtype)
+    assert torch.equal(teacher.encoder.extra.to(torch.complex64), expected.to(torch.complex64))
+    cgh.EMATeacher(nn.ReLU()).update(nn.ReLU())
+
+
 def test_an_update_is_one_grouped_operation() -> None:
     student = small_encoder()
     teacher = cgh.EMATeacher(student)
