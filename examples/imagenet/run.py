@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import signal
@@ -118,8 +119,9 @@ def distribute(module: nn.Module, **options: Any) -> nn.Module:
     """
     if cgh.distributed.rank_and_world_size()[1] == 1:
         return module
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # which would ask for what is above
-    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True, **options)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.14
+    return DistributedDataParallel(module, find_unused_parameters=True, **{buffers: False}, **options)
 
 
 def write_json(path: Path, value: object) -> None:
