@@ -36,6 +36,10 @@ CONTEXTS = ("global", "hypercolumn")
 PAIRS = (CONTEXTS, CONTEXTS[::-1])
 BASELINE = "matrices kept"
 
+PAPER = (256, 131_072, 512)
+SMALL = ((256, 4_096, 128), (64, 4_096, 128), (64, 16_384, 512))
+"""Sizes N, K, D."""
+
 Rows = dict[str, Tensor]
 Inputs = tuple[Rows, Rows, Rows]
 """Of the student, of the teacher, and of the memory."""
@@ -59,6 +63,8 @@ class Config:
     repetitions: int = 3
     memory: float = 5.0
     """Gigabytes that relation matrices may take; where they need more, only ours is measured."""
+    small: bool = True
+    """Also measure few images and short banks."""
     quick: bool = False
     """A short look, at small sizes."""
     out: Path = Path("runs/loss-benchmark.png")
@@ -209,8 +215,8 @@ def resident(field: str) -> float:
 def costs(losses: dict[str, Loss], rows: Inputs, repetitions: int) -> dict[str, Cost]:
     """Return what each of `losses` takes."""
     runs = {name: lambda loss=loss: gradients(loss, rows) for name, loss in losses.items()}
-    for loss in losses.values():
-        gradients(loss, first(rows, 8, 2048))  # loads what is loaded on first use
+    for run in runs.values():
+        run()  # loads and compiles what is at first use
     peaks = {name: megabytes(run) for name, run in runs.items()}
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(repetitions)]
     return {name: Cost(statistics.median(each[name] for each in times), peaks[name]) for name in runs}
@@ -248,6 +254,44 @@ def compare(config: Config, rows: Inputs) -> Table:
             )
         alone = PRODUCTS[name] * product_seconds(*sizes)
         table.add_row(name, "our products alone", number(1000 * alone), ratio(alone, base.seconds), end_section=True)
+    return table
+
+
+def beside_baseline(
+    sizes: Sequence[tuple[int, int, int]] = (PAPER, *SMALL), repetitions: int = 9
+) -> list[tuple[str, float, float]]:
+    """Return (name, baseline, ours) at every size `(N, K, D)`: milliseconds, or megabytes where the name says so.
+
+    The baseline keeps every relation matrix; in the rows named "products alone" it is our products at the rate of a
+    large one. On CUDA there are rows for banks in bfloat16 besides: the baseline's are in float32 throughout.
+    """
+    table = []
+    for batch, size, dim in sizes:
+        z, t, memory = inputs(batch, size, dim)
+        where = f"N {batch:,}, K {size:,}, D {dim:,}"
+        for name, losses in LOSSES.items():
+            turns = {implementation: losses[implementation] for implementation in (BASELINE, "ours")}
+            if DEVICE.type == "cuda":
+                half = {context: bank.bfloat16() for context, bank in memory.items()}
+                turns["ours, bfloat16 banks"] = lambda z, t, _, loss=losses["ours"], half=half: loss(z, t, half)
+            found = costs(turns, (z, t, memory), repetitions)
+            base = found.pop(BASELINE)
+            alone = PRODUCTS[name] * product_seconds(batch, size, dim)
+            for implementation, cost in found.items():
+                label = f"{name}{implementation.removeprefix('ours')}, {where}"
+                table.append((f"{label}, over {BASELINE}", 1000 * base.seconds, 1000 * cost.seconds))
+                table.append((f"{label}, over products alone", 1000 * alone, 1000 * cost.seconds))
+                table.append((f"{label}, memory in MB", base.megabytes, cost.megabytes))
+    return table
+
+
+def few(repetitions: int) -> Table:
+    """Return a table of what ours takes beside its baselines with few images or a short bank."""
+    table = Table(title="few images, or a short memory; ms, or MB")
+    for column in ("", "baseline", "ours", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, base, ours in beside_baseline(SMALL, repetitions):
+        table.add_row(name, number(base), number(ours), ratio(ours, base))
     return table
 
 
@@ -318,6 +362,8 @@ def main(config: Config) -> None:
         machine, dtype = f"CPU, {torch.get_num_threads()} threads", "float32"
     console.print(f"{machine}, {dtype}, PyTorch {torch.__version__}, {backend(rows[0]['global'])} backend")
     console.print(compare(config, rows))
+    if config.small:
+        console.print(few(10 * config.repetitions))
     table, figure = grow(config, rows)
     console.print(table)
     plot.save(figure, config.out)

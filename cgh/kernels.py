@@ -1,35 +1,255 @@
-"""The step of `cgh.streaming` between its two matrix products, as one Triton kernel for CUDA.
+"""Relations to a memory on CUDA: products, softmax and mean row of a query in one Triton kernel.
 
-What lies between the products is bound by memory, not by arithmetic. Plain torch reads the logits four times and writes
-them twice; here they are read twice, the second time from the cache, and their exponentials written once.
+A program takes some rows of a query and a part of the bank, and keeps their sums in registers while it reads that part
+tile by tile: no logit is ever written. As many parts are read at once as the GPU has processors for; a second, small
+kernel puts their sums together. Products are in half precision, so that tensor cores compute them, and sums in float32;
+`exponentiate` is for the products that are not, see `cgh.streaming`.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 BLOCK = 4096
-"""Logits that a program holds at a time."""
+"""Logits that a program of `exponentiate` holds at a time."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+WIDEST = 1024
+"""Wider embeddings leave no room for their rows in a processor's shared memory."""
+
+SLICE = 512
+"""Columns of a mean row that a program adds up; more would not fit into its registers."""
 
 
-def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor, weights: Tensor) -> None:
-    """`cgh.streaming.exponentiate` in one kernel, for contiguous float32 logits and weights of any dtype."""
-    with torch.cuda.device_of(logits):
-        _exponentiate[(len(logits),)](
-            logits, maximum, total, shrink, weights, logits.shape[1], BLOCK=BLOCK, num_warps=8
-        )
+class Tiling(NamedTuple):
+    """How much a program of the kernel takes at a time."""
+
+    rows: int
+    """Of the query."""
+    bank_rows: int
+    stages: int
+    """Tiles of the bank that are loaded ahead."""
+    warps: int
+
+
+class Limits(NamedTuple):
+    """What a GPU has."""
+
+    shared: int
+    """Bytes of shared memory that one program may have."""
+    processors: int
+
+
+def limits(x: Tensor) -> Limits:
+    """Return what the GPU that holds `x` has."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+    # Before compute capability 8.0 a GPU has no bfloat16, and too little memory for more than small tiles.
+    shared = properties["max_shared_mem"] if torch.cuda.get_device_capability(x.device) >= (8, 0) else 0
+    return Limits(shared, properties["multiprocessor_count"])
+
+
+def tilings(width: int, target_width: int, same: bool, itemsize: int, shared: int) -> list[Tiling]:
+    """Return the tilings that can fit, the fastest first; none if embeddings are too wide, or a bank is in float64.
+
+    Args:
+        width: of the query and of its bank.
+        target_width: of the bank whose mean row is wanted.
+        same: whether that is the query's bank.
+        itemsize: bytes of a bank's element; other than 2, it is converted on the way.
+        shared: bytes of shared memory that one program may have.
+
+    Example:
+        >>> from cgh.kernels import tilings
+        >>> tilings(512, 512, True, 2, shared=227 * 1024)[0], tilings(4096, 4096, True, 2, shared=227 * 1024)
+        (Tiling(rows=64, bank_rows=32, stages=2, warps=8), [])
+    """
+    width, columns = padded(width), min(padded(target_width), SLICE)
+    if width > WIDEST or itemsize > 4:
+        return []
+    widest = max(width, columns)
+    warps = 4 if widest <= 128 else 8
+    fitting = []
+    for rows, bank_rows, stages in (
+        (64, 64, 2),
+        (64, 32, 2),
+        (64, 32, 1),
+        (32, 32, 2),
+        (32, 32, 1),
+        (32, 16, 1),
+        (16, 16, 1),
+    ):
+        if rows * widest > 64 * 512 or bank_rows * widest > 64 * 256:
+            continue
+        tile = bank_rows * (width + (0 if same else columns))
+        # Only a lower bound: what the compiler adds is found at the first launch.
+        if 2 * rows * width + tile * (2 * stages if itemsize == 2 else 2 + itemsize * (stages - 1)) <= shared:
+            fitting.append(Tiling(rows, bank_rows, stages, warps))
+    return fitting
+
+
+def padded(width: int) -> int:
+    """Return the width of the tile that holds rows of `width`: a power of two that tensor cores take."""
+    return max(16, int(triton.next_power_of_2(width)))
+
+
+_too_large: set[tuple[Any, ...]] = set()
+"""Tilings that a first launch found not to fit: by them, device, widths, dtypes and options."""
+
+
+def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return `log sum_j exp(s_j)` and `sum_j softmax(s)_j target_j`, `(R,)` and `(R, E)`; None if no tiling fits.
+
+    The logits are `s = query . bank - centre`.
+
+    Args:
+        query: `(R, D)` in half precision, in which products are computed; divided by the temperature.
+        bank: `(K, D)`, of any floating point dtype.
+        target: `(K, E)`, which may be the bank.
+        centre: `(K,)`, divided by the temperature.
+    """
+    found, size = limits(query), len(bank)
+    same = bank.data_ptr() == target.data_ptr() and bank.stride() == target.stride() and bank.shape == target.shape
+    widths = query.shape[1], target.shape[1]
+    same = same and padded(widths[1]) <= SLICE
+    query, bank, target = (x if x.stride(1) == 1 else x.contiguous() for x in (query, bank, target))
+    columns = min(padded(widths[1]), SLICE)
+    for tiling in tilings(*widths, same, max(bank.itemsize, target.itemsize), found.shared):
+        key = (tiling, query.device, widths, same, query.dtype, bank.dtype, target.dtype, centre is None)
+        if key in _too_large:
+            continue
+        blocks = triton.cdiv(len(query), tiling.rows) * triton.cdiv(widths[1], columns)
+        parts = max(1, found.processors * (2 if max(widths) <= 128 else 1) // blocks)
+        part = triton.cdiv(triton.cdiv(size, parts), tiling.bank_rows) * tiling.bank_rows
+        parts = triton.cdiv(size, part)
+        maximum, total = query.new_empty(2, parts, len(query), dtype=torch.float32)
+        sums = maximum.new_empty(parts, len(query), widths[1])
+        with torch.cuda.device_of(query):
+            try:
+                _relate[(triton.cdiv(len(query), tiling.rows), parts, triton.cdiv(widths[1], columns))](
+                    query, bank, target, centre, maximum, total, sums, len(query), size, part,
+                    query.stride(0), bank.stride(0), target.stride(0),
+                    SAME=same, CENTRED=centre is not None,
+                    WIDTH=widths[0], TARGET_WIDTH=widths[1], D=padded(widths[0]), E=columns,
+                    ROWS=tiling.rows, BANK_ROWS=tiling.bank_rows, num_warps=tiling.warps, num_stages=tiling.stages,
+                )  # fmt: skip
+            except OutOfResources:
+                _too_large.add(key)
+                continue
+            logsumexp, mean = maximum.new_empty(len(query)), maximum.new_empty(len(query), widths[1])
+            _combine[(len(query),)](
+                maximum, total, sums, logsumexp, mean, len(query), parts,
+                WIDTH=widths[1], D=padded(widths[1]), PARTS=triton.next_power_of_2(parts), num_warps=4,
+            )  # fmt: skip
+        return logsumexp, mean
+    return None
 
 
 # Triton compiles from the source: it has no types, and takes none.
 @triton.jit  # type: ignore[untyped-decorator]
-def _exponentiate(logits, maximum, total, shrink, weights, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _relate(  # type: ignore[no-untyped-def]
+    query, bank, target, centre, maximum, total, sums, rows, size, part, query_stride, bank_stride, target_stride,
+    SAME: tl.constexpr, CENTRED: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr, TARGET_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr, BANK_ROWS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One program for some rows, a part of the bank, and a slice of the target's columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    d = tl.arange(0, D)
+    e = tl.program_id(2) * E + tl.arange(0, E)
+    z = tl.load(query + row[:, None] * query_stride + d[None, :], mask=here[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    added = tl.zeros([ROWS, E], tl.float32)
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, size)
+    for start in range(first, last, BANK_ROWS):
+        column = start + tl.arange(0, BANK_ROWS)
+        there = column < last
+        m = tl.load(
+            bank + column[:, None].to(tl.int64) * bank_stride + d[None, :],
+            mask=there[:, None] & (d < WIDTH)[None, :],
+            other=0.0,
+        ).to(z.dtype)
+        logits = tl.dot(z, tl.trans(m)) * LOG2E
+        if CENTRED:
+            logits -= LOG2E * tl.load(centre + column, mask=there, other=0.0)[None, :]
+        logits = tl.where(there[None, :], logits, float("-inf"))
+        highest = tl.max(logits, axis=1)
+        # Sums are rescaled when exponentials would grow beyond 2^8, not whenever a logit is the largest so far.
+        if tl.max(highest - peak, axis=0) > 8.0:
+            raised = tl.maximum(peak, highest)
+            shrink = tl.exp2(peak - raised)
+            weight *= shrink
+            added *= shrink[:, None]
+            peak = raised
+        p = tl.exp2(logits - peak[:, None])
+        weight += tl.sum(p, axis=1)
+        if SAME:
+            v = m
+        else:
+            v = tl.load(
+                target + column[:, None].to(tl.int64) * target_stride + e[None, :],
+                mask=there[:, None] & (e < TARGET_WIDTH)[None, :],
+                other=0.0,
+            ).to(z.dtype)
+        added = tl.dot(p.to(z.dtype), v, added)
+
+    place = tl.program_id(1) * rows + row
+    tl.store(maximum + place, peak, mask=here)
+    tl.store(total + place, weight, mask=here)
+    tl.store(
+        sums + place[:, None].to(tl.int64) * TARGET_WIDTH + e[None, :],
+        added,
+        mask=here[:, None] & (e < TARGET_WIDTH)[None, :],
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine(  # type: ignore[no-untyped-def]
+    maximum, total, sums, logsumexp, mean, rows, parts,
+    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One program for each row: the sums over the parts of the bank, brought to one maximum."""
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    peaks = tl.load(maximum + part * rows + row, mask=part < parts, other=float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    weights = tl.load(total + part * rows + row, mask=part < parts, other=0.0)
+    weight = tl.sum(weights * tl.exp2(peaks - peak), axis=0)
+    d = tl.arange(0, D)
+    added = tl.zeros([D], tl.float32)
+    for number in range(0, parts):
+        place = number * rows + row
+        factor = tl.exp2(tl.load(maximum + place) - peak)
+        added += factor * tl.load(sums + place.to(tl.int64) * WIDTH + d, mask=d < WIDTH, other=0.0)
+    tl.store(logsumexp + row, (peak + tl.log2(weight)) / LOG2E)
+    tl.store(mean + row.to(tl.int64) * WIDTH + d, added / weight, mask=d < WIDTH)
+
+
+def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor) -> None:
+    """`cgh.streaming.exponentiate` in one kernel, for contiguous float32 logits.
+
+    Plain torch reads the logits four times and writes them twice; here they are read twice, the second time from the
+    cache, and their exponentials written once.
+    """
+    with torch.cuda.device_of(logits):
+        _exponentiate[(len(logits),)](logits, maximum, total, shrink, logits.shape[1], BLOCK=BLOCK, num_warps=8)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exponentiate(logits, maximum, total, shrink, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One program for each row."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * columns
-    weights += row.to(tl.int64) * columns
     previous = tl.load(maximum + row)
 
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -43,7 +263,7 @@ def _exponentiate(logits, maximum, total, shrink, weights, columns, BLOCK: tl.co
         offsets = start + tl.arange(0, BLOCK)
         x = tl.exp(tl.load(logits + offsets, mask=offsets < columns, other=float("-inf")) - peak)
         sums += x
-        tl.store(weights + offsets, x.to(weights.dtype.element_ty), mask=offsets < columns)
+        tl.store(logits + offsets, x, mask=offsets < columns)
 
     factor = tl.exp(previous - peak)
     tl.store(maximum + row, peak)

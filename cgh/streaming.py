@@ -42,9 +42,6 @@ KEPT = 4 * 2**20
 
 HAS_TRITON = find_spec("triton") is not None
 
-HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether a CUDA product of matrices in half precision can come out in float32, as from torch 2.8."""
-
 
 class Query(NamedTuple):
     """Embeddings whose relation to a bank is asked for."""
@@ -88,7 +85,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     """Return every query's relation, from one pass over the banks.
 
     The gradient is computed in the pass, so the banks may be overwritten before `backward`. Sums are at least float32,
-    whatever the embeddings and the banks hold, and so are products in plain torch; with the kernel (see `backend`),
+    whatever the embeddings and the banks hold, and so are products in plain torch; with Triton (see `backend`),
     products are in autocast's dtype, or in that of embeddings in half precision.
 
     Args:
@@ -162,75 +159,11 @@ def _stream(
 
     Query `i` is compared with `banks[reads[i]]`. `how` is a `backend`; `products` is the dtype of the matrix products.
     """
-    # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
-    readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
-    order = [number for numbers in readers for number in numbers]
-    ends = list(accumulate(len(queries[number]) for number in order))
-    spans = {number: slice(end - len(queries[number]), end) for number, end in zip(order, ends, strict=True)}
-    blocks = [
-        (
-            bank,
-            slice(spans[numbers[0]].start, spans[numbers[-1]].stop),
-            torch.cat([queries[n] for n in numbers]).to(products),
-        )
-        for bank, numbers in enumerate(readers)
-        if numbers
-    ]
-    step = exponentiate
-    if how == "triton":
-        from cgh import kernels
-
-        step = kernels.exponentiate
-    size, device = len(banks[0]), queries[0].device.type
-    chunk = min(size, max(1, BUFFER.get(device, BUFFER["cpu"]) // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
-    buffer = queries[0].new_empty(ends[-1] * chunk, dtype=products)
-    maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
-    total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
-    # The sums of a query stand side by side, and those of all queries in one tensor, to be rescaled in one go.
-    places, widths = [], [0] * len(queries)
-    for source, target in zip(sources, targets, strict=True):
-        start, widths[source] = widths[source], widths[source] + banks[target].shape[1]
-        places.append((spans[source], slice(start, widths[source])))
-    sums = queries[0].new_zeros(ends[-1], max(widths))
-    # Lengths are compared on the host, which must not wait for a GPU.
-    small = device == "cpu"
-
-    for start in range(0, size, chunk):
-        rows = [bank[start : start + chunk].to(products) for bank in banks]
-        shifts = [None if centre is None else centre[start : start + chunk] for centre in centres]
-        weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
-        small = small and all(
-            _largest(stacked, rows[bank], [shifts[number] for number in readers[bank]]) <= LARGEST
-            for bank, _, stacked in blocks
-        )
-        if start == 0 and small:
-            maximum.zero_()
-        for bank, span, stacked in blocks:
-            logits = weights[span] if products == total.dtype else torch.empty_like(weights[span], dtype=total.dtype)
-            _multiply(stacked, rows[bank].T, out=logits)
-            for number in readers[bank]:
-                if (shift := shifts[number]) is not None:
-                    logits[spans[number].start - span.start :][: len(queries[number])] -= shift
-            if small:
-                total[span] += logits.exp_().sum(dim=1, keepdim=True)
-            else:
-                step(logits, maximum[span], total[span], shrink[span], weights[span])
-        if not small:
-            sums *= shrink
-        for target, place in zip(targets, places, strict=True):
-            if products == sums.dtype:
-                sums[place].addmm_(weights[place[0]], rows[target])
-            else:
-                added = torch.empty_like(sums[place])
-                _multiply(weights[place[0]], rows[target], out=added)
-                sums[place] += added
-        del rows  # before the next are converted: one chunk of the banks at a time
-
-    logsumexp = (maximum + total.log()).squeeze(1)
-    sums /= total
-    return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
-        sums[place].clone(memory_format=torch.contiguous_format) for place in places
-    ]
+    if how == "triton" and products.itemsize == 2:
+        found = _fused(queries, banks, centres, reads, sources, targets, products)
+        if found is not None:
+            return found
+    return _chunked(queries, banks, centres, reads, sources, targets, how)
 
 
 @_stream.register_fake
@@ -249,35 +182,126 @@ def _(
     ]
 
 
-def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> float:
-    """Return what no `|rows . bank - shift|` exceeds."""
-    bound = torch.linalg.vector_norm(rows, dim=1).max() * torch.linalg.vector_norm(bank, dim=1).max()
-    return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
+def _fused(
+    queries: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    centres: Sequence[Tensor | None],
+    reads: Sequence[int],
+    sources: Sequence[int],
+    targets: Sequence[int],
+    products: torch.dtype,
+) -> list[Tensor] | None:
+    """Return what `_stream` does, by a kernel for each relation; None if a query is too wide for it."""
+    from cgh import kernels
+
+    rows = [query.to(products) for query in queries]
+    logsumexps, means = dict[int, Tensor](), dict[tuple[int, int], Tensor]()
+    # A query whose mean row nobody wants is averaged over its own bank all the same.
+    for source, target in (
+        *zip(sources, targets, strict=True),
+        *((number, read) for number, read in enumerate(reads) if number not in sources),
+    ):
+        found = kernels.relate(rows[source], banks[reads[source]], banks[target], centres[source])
+        if found is None:
+            return None
+        logsumexps[source], means[source, target] = found
+    return [logsumexps[number] for number in range(len(queries))] + [
+        means[pair] for pair in zip(sources, targets, strict=True)
+    ]
 
 
-def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor, weights: Tensor) -> None:
+def _chunked(
+    queries: Sequence[Tensor],
+    banks: Sequence[Tensor],
+    centres: Sequence[Tensor | None],
+    reads: Sequence[int],
+    sources: Sequence[int],
+    targets: Sequence[int],
+    how: str,
+) -> list[Tensor]:
+    """Return what `_stream` does, chunk by chunk, with products in the dtype of the queries."""
+    step = exponentiate
+    if how == "triton":
+        from cgh import kernels
+
+        step = kernels.exponentiate
+    # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
+    readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
+    order = [number for numbers in readers for number in numbers]
+    ends = list(accumulate(len(queries[number]) for number in order))
+    spans = {number: slice(end - len(queries[number]), end) for number, end in zip(order, ends, strict=True)}
+    blocks = [
+        (bank, slice(spans[numbers[0]].start, spans[numbers[-1]].stop), torch.cat([queries[n] for n in numbers]))
+        for bank, numbers in enumerate(readers)
+        if numbers
+    ]
+    size, device, dtype = len(banks[0]), queries[0].device.type, queries[0].dtype
+    chunk = min(size, max(1, BUFFER.get(device, BUFFER["cpu"]) // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
+    buffer = queries[0].new_empty(ends[-1] * chunk)
+    maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
+    total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
+    # The sums of a query stand side by side, and those of all queries in one tensor, to be rescaled in one go.
+    places, widths = [], [0] * len(queries)
+    for source, target in zip(sources, targets, strict=True):
+        start, widths[source] = widths[source], widths[source] + banks[target].shape[1]
+        places.append((spans[source], slice(start, widths[source])))
+    sums = queries[0].new_zeros(ends[-1], max(widths))
+    # Lengths are compared on the host, which must not wait for a GPU.
+    small = how == "torch" and device == "cpu"
+
+    for start in range(0, size, chunk):
+        rows = [bank[start : start + chunk].to(dtype) for bank in banks]
+        shifts = [None if centre is None else centre[start : start + chunk] for centre in centres]
+        weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
+        small = small and all(
+            _largest(stacked, rows[bank], [shifts[number] for number in readers[bank]]) <= LARGEST
+            for bank, _, stacked in blocks
+        )
+        if start == 0 and small:
+            maximum.zero_()
+        for bank, span, stacked in blocks:
+            logits = weights[span]
+            torch.mm(stacked, rows[bank].T, out=logits)
+            for number in readers[bank]:
+                if (shift := shifts[number]) is not None:
+                    weights[spans[number]] -= shift
+            if small:
+                total[span] += logits.exp_().sum(dim=1, keepdim=True)
+            else:
+                step(logits, maximum[span], total[span], shrink[span])
+        if not small:
+            sums *= shrink
+        for target, place in zip(targets, places, strict=True):
+            sums[place].addmm_(weights[place[0]], rows[target])
+        del rows  # before the next are converted: one chunk of the banks at a time
+
+    logsumexp = (maximum + total.log()).squeeze(1)
+    sums /= total
+    return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
+        sums[place].clone(memory_format=torch.contiguous_format) for place in places
+    ]
+
+
+def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor) -> None:
     """Continue a running softmax by one chunk of logits, in place.
 
     Args:
-        logits: `(R, chunk)`.
+        logits: `(R, chunk)`; becomes `exp(logits - maximum)`.
         maximum: `(R, 1)`, of the logits so far; brought up to date.
         total: `(R, 1)`, the sum of `exp(logits - maximum)` so far; brought up to date.
         shrink: `(R, 1)`, gets what sums over the earlier chunks have to be multiplied with, as `maximum` has grown.
-        weights: `(R, chunk)`, gets `exp(logits - maximum)`; it may be `logits` itself, or of another dtype.
     """
     shrink.copy_(maximum)
     torch.maximum(maximum, logits.amax(dim=1, keepdim=True), out=maximum)
     shrink.sub_(maximum).exp_()
-    torch.sub(logits, maximum, out=weights).exp_()
-    total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+    logits.sub_(maximum).exp_()
+    total.mul_(shrink).add_(logits.sum(dim=1, keepdim=True))
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write `a @ b` into `out`, added up in its dtype, which may be wider than theirs."""
-    if a.is_cuda and a.dtype != out.dtype and HAS_WIDE_PRODUCTS:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> float:
+    """Return what no `|rows . bank - shift|` exceeds."""
+    bound = torch.linalg.vector_norm(rows, dim=1).max() * torch.linalg.vector_norm(bank, dim=1).max()
+    return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
 
 
 def keeps(student: Query, teacher: Query, memory: Banks) -> bool:

@@ -4,46 +4,136 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import cgh
-from cgh import colour_kernels, kernels, streaming, views
+from cgh import kernels, streaming
+from cgh.relation import infonce_term
 from tests.test_streaming import gradients, inputs, mean, readable
 
 HALF = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("columns", [1, 128, 333])
-def test_exponentiate(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exponentiate(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", 128)
     torch.manual_seed(0)
     logits = 20 * torch.randn(4, columns)
     maximum, total = torch.tensor([[-torch.inf], [0.0], [5.0], [50.0]]), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
 
-    def run(step: Callable[..., None], dtype: torch.dtype) -> list[Tensor]:
-        state = [maximum.clone(), total.clone(), torch.empty_like(total)]
-        weights = torch.empty_like(logits, dtype=dtype)
-        step(logits, *state, weights)
-        return [*state, weights.float()]
+    def run(step: Callable[..., None]) -> list[Tensor]:
+        state = [logits.clone(), maximum.clone(), total.clone(), torch.empty_like(total)]
+        step(*state)
+        return state
 
-    *state, weights = run(kernels.exponentiate, dtype)
-    *expected_state, expected_weights = run(streaming.exponentiate, torch.float32)
-    torch.testing.assert_close(state, expected_state)
-    torch.testing.assert_close(weights, expected_weights, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(run(kernels.exponentiate), run(streaming.exponentiate))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "backend", lambda x: "triton")
-    monkeypatch.setattr(streaming, "BUFFER", {"triton": 1})
+    monkeypatch.setattr(streaming, "keeps", lambda *_: False)
+    monkeypatch.setattr(cgh.losses, "keeps", lambda *_: False)
+    monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 200)
     monkeypatch.setattr(kernels, "BLOCK", 128)
+    monkeypatch.setattr(kernels, "limits", lambda x: kernels.Limits(99 * 1024, 6))
 
 
-@pytest.mark.usefixtures("triton_backend")
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter holds bfloat16 as integers, and would multiply those."""
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
+    )
+
+
+def unit(count: int, dim: int) -> Tensor:
+    return F.normalize(torch.randn(count, dim), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "dim", "target_dim", "bank_dtype", "centred"),
+    [
+        (20, 300, 33, 33, torch.float32, True),
+        (70, 200, 65, 12, torch.bfloat16, False),
+        (5, 90, 128, 128, torch.float16, True),
+        (3, 7, 8, 40, torch.float32, False),
+        (17, 150, 512, 512, torch.bfloat16, False),
+        (17, 70, 1024, 700, torch.float32, True),
+    ],
+)
+@pytest.mark.parametrize("products", HALF)
+def test_a_relation_is_that_of_the_whole_matrix(
+    rows: int, size: int, dim: int, target_dim: int, bank_dtype: torch.dtype, centred: bool, products: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    query = unit(rows, dim) / 0.05
+    # Rounded beforehand: the interpreter converts to bfloat16 by cutting off, a GPU rounds.
+    bank, target = (unit(size, width).to(products).to(bank_dtype) for width in (dim, target_dim))
+    centre = 5 * torch.randn(size) if centred else None
+    logits = query.to(products).double() @ bank.to(products).double().T - (centre if centred else 0)
+    for wanted in (target, bank):
+        found = kernels.relate(query.to(products), bank, wanted, centre)
+        assert found is not None
+        torch.testing.assert_close(found[0].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-4)
+        expected = logits.softmax(1) @ wanted.to(products).double()
+        assert torch.linalg.norm(found[1] - expected) < 5e-3 * torch.linalg.norm(expected)
+
+
+def test_logits_that_grow_along_the_bank() -> None:
+    torch.manual_seed(0)
+    query = (unit(4, 32) / 0.04).bfloat16()
+    bank = (unit(400, 32) * torch.logspace(-2, 2, 400).unsqueeze(1)).bfloat16()
+    logits = query.double() @ bank.double().T
+    found = kernels.relate(query, bank, bank, None)
+    assert found is not None
+    torch.testing.assert_close(found[0].double(), logits.logsumexp(1), rtol=1e-6, atol=1e-5)
+
+
+def test_what_the_kernel_does_not_take_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, t, memory = inputs(dtype=torch.bfloat16, size=501)
+    fused = cgh.CrossContextLoss()(z, t, memory)
+    assert kernels.relate(z["global"], memory["global"].double(), memory["global"].double(), None) is None
+    monkeypatch.setattr(kernels, "WIDEST", 8)
+    assert kernels.relate(z["global"], memory["global"], memory["global"], None) is None
+    torch.testing.assert_close(cgh.CrossContextLoss()(z, t, memory), fused, rtol=1e-2, atol=0)
+
+
+def test_a_step_launches_two_kernels_a_relation(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    for name in ("_relate", "_combine"):
+        kernel = getattr(kernels, name)
+
+        class Counted:
+            def __getitem__(self, grid: object, kernel: object = kernel, name: str = name) -> object:
+                launches.append(name)
+                return kernel[grid]  # type: ignore[index]
+
+        monkeypatch.setattr(kernels, name, Counted())
+    z, t, memory = inputs(dtype=torch.bfloat16, size=2000)
+    cgh.CrossContextLoss()(z, t, memory).backward()
+    assert launches == ["_relate", "_combine"] * 4
+    launches.clear()
+    cgh.InfoNCELoss()(z, t, memory).backward()
+    assert launches == ["_relate", "_combine"] * 2
+
+
 def test_float32_losses() -> None:
     z, t, memory = inputs(dtype=torch.float32, size=501)
     exact = [
@@ -55,48 +145,58 @@ def test_float32_losses() -> None:
         assert torch.linalg.norm(found - truth) < 1e-5 * torch.linalg.norm(truth)
 
 
-@pytest.mark.usefixtures("triton_backend")
+def no_further(
+    ours: Tensor, theirs: Tensor, expected: Tensor, z: dict[str, Tensor], exact_z: dict[str, Tensor]
+) -> None:
+    """Check that `ours` and its gradients are hardly further from `expected` than `theirs`."""
+    truth = [expected, *gradients(expected, exact_z)]
+    errors = [
+        [
+            torch.linalg.norm(found.double() - exact).item()
+            for found, exact in zip([loss, *gradients(loss, z)], truth, strict=True)
+        ]
+        for loss in (ours, theirs)
+    ]
+    assert all(mine <= 1.1 * other for mine, other in zip(*errors, strict=True)), errors
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_no_further_from_float64_than_the_readable_version(dtype: torch.dtype) -> None:
     exact_z, exact_t, exact_memory = inputs(batch=16, size=1000)
-    expected = mean(readable(exact_z, exact_t, exact_memory))
     z, t, memory = (
         {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in contexts.items()}
         for contexts in (exact_z, exact_t, exact_memory)
     )
-    errors = []
-    for loss in (cgh.CrossContextLoss(0.1, 0.05)(z, t, memory), mean(readable(z, t, memory))):
-        pairs = zip([loss, *gradients(loss, z)], [expected, *gradients(expected, exact_z)], strict=True)
-        errors.append([torch.linalg.norm(found - truth).item() for found, truth in pairs])
-    assert all(ours <= theirs for ours, theirs in zip(*errors, strict=True)), errors
+    no_further(
+        cgh.CrossContextLoss(0.1, 0.05)(z, t, memory),
+        mean(readable(z, t, memory)),
+        mean(readable(exact_z, exact_t, exact_memory)),
+        z,
+        exact_z,
+    )
+    ours, theirs, expected = (
+        loss
+        for loss in (
+            cgh.InfoNCELoss(0.2)(z, t, memory),
+            torch.stack([infonce_term(z[name], t[name], memory[name], 0.2) for name in z]).sum(),
+            torch.stack([infonce_term(exact_z[n], exact_t[n], exact_memory[n], 0.2) for n in z]).sum(),
+        )
+    )
+    no_further(ours, theirs, expected, z, exact_z)
 
 
-@pytest.mark.parametrize(
-    ("blur", "sides", "memory_format"),
-    [
-        (True, (7, 7), torch.contiguous_format),
-        (True, (18, 33), torch.channels_last),
-        (False, (33, 18), torch.channels_last),
-    ],
-)
-def test_views(
-    blur: bool, sides: tuple[int, int], memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(colour_kernels, "BLOCK", 256)
-    strong, weak = torch.randint(256, (2, 6, 3, *sides), dtype=torch.uint8)
-    strong = strong.contiguous(memory_format=memory_format)
-    augment = views.Augmentation(blur=blur, jitter=(0.9, 0.9, 0.9, 0.4), memory_format=memory_format)
-    parameters = augment.draw(6, seed=3)
-    for view, rows in ((strong, parameters), (weak.flip(-1), None)):
-        plain, fused = augment._plain(view, rows), augment._kernels(view, rows)
-        assert fused.is_contiguous(memory_format=memory_format)
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-4)
-
-
-def test_views_in_half_precision() -> None:
-    strong = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    augment = views.Augmentation(dtype=torch.bfloat16)
-    parameters = augment.draw(2, seed=0)
-    fused = augment._kernels(strong, parameters)
-    assert fused.dtype == torch.bfloat16
-    torch.testing.assert_close(fused, augment._plain(strong, parameters))
+def test_half_precision_with_local_views_centring_and_more_pairs() -> None:
+    exact_z, exact_t, exact_memory = inputs(("global", "hypercolumn", "third"), batch=16, size=700)
+    exact_view = {"global": inputs(batch=16, seed=1)[0]["global"]}
+    pairs = [("global", "global"), ("global", "hypercolumn"), ("third", "hypercolumn")]
+    centring = cgh.Centring(exact_memory, 700).double()
+    centring.update(exact_t, exact_memory)
+    expected = mean(readable(exact_z, exact_t, exact_memory, exact_view, pairs=pairs, centring=centring))
+    z, t, memory, view = (
+        {name: x.detach().bfloat16().requires_grad_(x.requires_grad) for name, x in contexts.items()}
+        for contexts in (exact_z, exact_t, exact_memory, exact_view)
+    )
+    loss = cgh.CrossContextLoss(0.1, 0.05, pairs, centring.float())(z, t, memory, view)
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    for found, truth in zip(gradients(loss, z, view), gradients(expected, exact_z, exact_view), strict=True):
+        assert torch.linalg.norm(found - truth) <= 2e-2 * torch.linalg.norm(truth)

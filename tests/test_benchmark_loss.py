@@ -40,7 +40,15 @@ def test_prints_tables_and_draws_a_picture(
     # The largest memory is left out of the baseline: its matrices would take 41 kB of the 40 allowed.
     benchmark.main(
         benchmark.Config(
-            batch=8, dim=16, size=100, sizes=(50, 128), batches=(4,), repetitions=1, memory=40e-6, out=picture
+            batch=8,
+            dim=16,
+            size=100,
+            sizes=(50, 128),
+            batches=(4,),
+            repetitions=1,
+            memory=40e-6,
+            small=False,
+            out=picture,
         )
     )
     table, growth = capsys.readouterr().out.split("cross-context, D 16")
@@ -58,3 +66,14 @@ def test_prints_tables_and_draws_a_picture(
     assert [row[:2] for row in rows] == [["8", "50"], ["8", "128"], ["4", "100"]]
     assert [row[3] == "not measured" for row in rows] == [False, True, False]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_beside_the_baseline(benchmark: ModuleType) -> None:
+    rows = benchmark.beside_baseline([(8, 100, 16)], repetitions=1)
+    names = [name for name, *_ in rows if "bfloat16" not in name]
+    assert names == [
+        f"{loss}, N 8, K 100, D 16, {measure}"
+        for loss in ("cross-context", "InfoNCE")
+        for measure in ("over matrices kept", "over products alone", "memory in MB")
+    ]
+    assert all(base > 0 and ours > 0 for name, base, ours in rows if "MB" not in name)
