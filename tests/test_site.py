@@ -52,13 +52,14 @@ BEFORE = {
 }
 NEEDS = {"backbones.md": ["timm"], "data.md": ["kornia"], "parts.md": ["kornia", "matplotlib", "safetensors"]}
 NEEDS |= {"reference/plot.md": ["matplotlib"], "reference/views.md": ["kornia"], "reading.md": ["matplotlib"]}
-NEEDS |= {"reference/evaluate.md": ["sklearn"]}
+NEEDS |= {"reference/evaluate.md": ["sklearn"], "loops.md": ["accelerate", "lightning"]}
 
 
 def name(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning and Accelerate about the machine
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS.get(name(page), []):
