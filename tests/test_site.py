@@ -41,6 +41,14 @@ BEFORE = {
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil_image(image).save(path)
     """,
+    "reference/watch.md": """
+        import torch, torchvision, cgh
+        images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 10
+        labelled = validation = torch.utils.data.TensorDataset(images, labels)
+        loader = [(images, images.flip(3), labels)] * 2
+        model = cgh.CGH(torchvision.models.resnet18(), dim=8, hidden_dim=8, memory_size=64, image_shape=(3, 32, 32))
+        optimizer = torch.optim.SGD(model.student.parameters(), lr=0.01)
+    """,
     "reference/evaluate.md": """
         import torch, torchvision, cgh
         images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
@@ -51,7 +59,12 @@ BEFORE = {
     """,
 }
 NEEDS = {"backbones.md": ["timm"], "data.md": ["kornia"], "parts.md": ["kornia", "matplotlib", "safetensors"]}
-NEEDS |= {"reference/plot.md": ["matplotlib"], "reference/views.md": ["kornia"], "reading.md": ["matplotlib"]}
+NEEDS |= {
+    "reference/watch.md": ["tensorboard"],
+    "reference/plot.md": ["matplotlib"],
+    "reference/views.md": ["kornia"],
+    "reading.md": ["matplotlib"],
+}
 NEEDS |= {"reference/evaluate.md": ["sklearn"], "loops.md": ["accelerate", "lightning"]}
 
 
