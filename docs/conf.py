@@ -43,7 +43,10 @@ napoleon_custom_sections = ["Shape"]
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
-    ("py:class", r"Axes|AxesLike|Curve|Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional"),
+    (
+        "py:class",
+        r"Axes|AxesLike|Curve|Dataset|TypeAliasForwardRef|'cgh\.Contexts'|Tensor|Module|Path|PathLike|Callable|Mapping|Sequence|Iterable|optional",
+    ),
     ("py:exc", r"(Type|Value|Key|Runtime|FileNotFound)Error(, (Type|Value)Error)*"),
 ]
 
