@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 STEPS = 12
+NEEDS_GPU = "not run: needs a GPU"
 
 
 @dataclass
@@ -282,7 +283,7 @@ def graphs() -> str:
 def reduced_overhead() -> str:
     """`torch.compile(mode="reduce-overhead")` around the method trains."""
     if not ON_GPU:
-        return "needs a GPU"
+        return NEEDS_GPU
     torch.compiler.reset()
     trained = Trained()
     trained.called = torch.compile(trained.model, mode="reduce-overhead")
@@ -317,7 +318,7 @@ def resumed() -> str:
 def replayed() -> str:
     """The study's step as a CUDA graph has the bits of the step without."""
     if not ON_GPU:
-        return "needs a GPU"
+        return NEEDS_GPU
     with _deterministic():
         states = []
         for graph in (True, False):
@@ -474,9 +475,7 @@ def study_rows(report: Report) -> None:
 
 
 def wait_rows(report: Report) -> None:
-    """How often a step waits for the device."""
-    if not ON_GPU:
-        return
+    """How often a step waits for the device, where there is one."""
     trained = Trained()
     for _ in range(3):
         trained.step()
@@ -542,7 +541,11 @@ def parts(report: Report) -> dict[str, Callable[[], None]]:
     def check(name: str) -> Callable[[], None]:
         return lambda: report.checks.update({name: CHECKS[name]()})
 
-    rows = {row.__name__.removesuffix("_rows") + " (table)": lambda row=row: row(report) for row in ROWS}
+    rows = {
+        row.__name__.removesuffix("_rows") + " (table)": lambda row=row: row(report)
+        for row in ROWS
+        if ON_GPU or row is not wait_rows
+    }
     first, last = ({name: check(name) for name in CHECKS if (name in LAST) == late} for late in (False, True))
     return first | rows | last
 
@@ -564,7 +567,8 @@ def run(config: Config, console: Console) -> Report:
             report.failures[name] = f"{type(error).__name__}: {lines[0]}"
             verdict = f"FAILS  {name}: {report.failures[name]}"
         else:
-            verdict = f"ok     {name}  {report.checks.get(name, '')}"
+            found = report.checks.get(name, "")
+            verdict = f"{'-' if found == NEEDS_GPU else 'ok':<6} {name}  {found}"
         seconds = time.monotonic() - begun
         console.print(f"{verdict}  [{seconds:.0f} s]", markup=False, highlight=False, soft_wrap=True)
         if ON_GPU:
