@@ -1,5 +1,7 @@
 """Configuration of the site: `nox -s docs`."""
 
+from itertools import groupby
+
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
@@ -77,6 +79,22 @@ def math_block(self: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def tables(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Turn the Markdown tables of a docstring, which read well in the source, into those of reStructuredText."""
+    blocks = [(table, list(block)) for table, block in groupby(lines, key=lambda line: line.startswith("|"))]
+    lines.clear()
+    for table, block in blocks:
+        if not table:
+            lines += block
+            continue
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block)
+        lines += [".. list-table::", f"   :header-rows: {int(any(head))}", ""]
+        for row in [head, *rows] if any(head) else rows:
+            lines += [f"   {'  ' if column else '* '}- {cell}" for column, cell in enumerate(row)]
+        lines.append("")
+
+
 def setup(app: Sphinx) -> None:
-    """Make the renderer of equations known."""
+    """Make the renderer of equations and the tables known."""
+    app.connect("autodoc-process-docstring", tables)
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))

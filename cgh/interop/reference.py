@@ -1,7 +1,7 @@
 """The reference implementation's checkpoints, read into `cgh.CGH` and written back exactly.
 
 Its ImageNet and CIFAR variants use the same names. The backbone is torchvision's ResNet; the CIFAR variant's has a 3x3
-convolution of stride 1 in front and no max pool:
+convolution of stride 1 in front and no max pool::
 
     backbone = torchvision.models.resnet18()
     backbone.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
