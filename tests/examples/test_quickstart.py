@@ -39,7 +39,7 @@ def test_a_table_a_checkpoint_and_pictures(tmp_path: Path) -> None:
 
     import cgh
 
-    output = run(tmp_path, "quickstart.py", "--epochs", "2")
+    output = run(tmp_path, "quickstart.py", "--epochs", "2", "--infonce-epochs", "1")
     table = rows(output)
     assert list(table) == ["raw pixels", "untrained network", "InfoNCE alone", "CGH"]
     assert table["raw pixels"] == pytest.approx([97.5, 83.4], abs=0.3)
@@ -55,14 +55,14 @@ def test_a_table_a_checkpoint_and_pictures(tmp_path: Path) -> None:
     assert state["memory.global"].norm(dim=1).allclose(torch.ones(()))
 
     # A seed fixes a run, here or elsewhere.
-    again = run(tmp_path, "quickstart.py", "--epochs", "2", "--out", "elsewhere")
+    again = run(tmp_path, "quickstart.py", "--epochs", "2", "--infonce-epochs", "1", "--out", "elsewhere")
     assert rows(again) == table
     repeated = cgh.checkpoint.load(tmp_path / "elsewhere" / "checkpoint.pt")
     assert all(torch.equal(repeated[name], tensor) for name, tensor in state.items())
 
 
 def test_a_row_for_three_contexts(tmp_path: Path) -> None:
-    table = rows(run(tmp_path, "three_contexts.py", "--epochs", "1"))
+    table = rows(run(tmp_path, "three_contexts.py", "--epochs", "1", "--infonce-epochs", "1"))
     assert list(table)[-2:] == ["CGH", "CGH, three contexts"]
     assert (tmp_path / "runs" / "three_contexts" / "curves.png").exists()
 
