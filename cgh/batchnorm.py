@@ -40,7 +40,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.num_splits == 1:
             return self._rest(super().forward(input))
         self._check_input_dim(input)
         splits = self.num_splits

@@ -22,10 +22,14 @@ def test_equals_one_batch_norm_a_group(splits: int, momentum: float | None) -> N
     for norm in norms:
         norm.load_state_dict(split.state_dict())
     for _ in range(2):
-        x = torch.randn(8, 3, 5, 5)
-        y = split(x)
+        x = torch.randn(8, 3, 5, 5, requires_grad=True)
+        y, weights = split(x), torch.randn(8, 3, 5, 5)
+        (gradient,) = torch.autograd.grad((y * weights).sum(), x)
         for group, norm in enumerate(norms):
-            torch.testing.assert_close(y[group::splits], norm(x[group::splits]))
+            expected = norm(x[group::splits])
+            torch.testing.assert_close(y[group::splits], expected)
+            (of_group,) = torch.autograd.grad((expected * weights[group::splits]).sum(), x)
+            torch.testing.assert_close(gradient[group::splits], of_group[group::splits])
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(split, name), sum(getattr(norm, name) for norm in norms) / splits)
     x = torch.randn(3, 3, 5, 5)
