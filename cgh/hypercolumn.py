@@ -172,9 +172,9 @@ class HypercolumnExtractor(nn.Module):
             raise TypeError(
                 f"images are {images.dtype}; make them floating point, such as images.float() / 255, and normalise."
             )
-        if not len(images):
+        if images.shape[0] == 0:
             raise ValueError(f"the batch is empty: images have shape {tuple(images.shape)}.")
-        return pooled_output(self.backbone(images), len(images), self.backbone)
+        return pooled_output(self.backbone(images), images.shape[0], self.backbone)
 
     @torch.no_grad()
     def widths(self, image_shape: Sequence[int] | None = None) -> Widths:
@@ -222,7 +222,7 @@ class HypercolumnExtractor(nn.Module):
                 "addition +=, so the layer's own output is gone; choose the layer that changes it, or make that one "
                 "work out of place (inplace=False)."
             )
-        if not isinstance(x, Tensor) or x.ndim not in (3, 4) or len(x) != len(pooled):
+        if not isinstance(x, Tensor) or x.ndim not in (3, 4) or x.shape[0] != pooled.shape[0]:
             raise ValueError(
                 f"layer {layer!r} gave {_describe(x)}; a hypercolumn is made of maps (N, C, H, W) or (N, H, W, C), or "
                 f"of tokens (N, L, C), with N = {len(pooled)}: see cgh.list_layers(backbone, image_size)."
@@ -270,7 +270,7 @@ def pooled_output(output: object, images: int, model: nn.Module) -> Tensor:
     pooled = getattr(output, "pooler_output", getattr(output, "pooled", output))
     if isinstance(pooled, Tensor) and pooled.shape[2:] == (1, 1):
         pooled = pooled.flatten(1)
-    if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != images:
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2 or pooled.shape[0] != images:
         raise ValueError(
             f"the model ({type(unwrap(model)).__name__}) gave {_describe(output)} for {images} images; it must give a "
             "pooled feature (N, W), or have it as pooler_output: a network of maps ends with nn.AdaptiveAvgPool2d(1) "
@@ -370,6 +370,12 @@ class _Capture:
         self.slots = slots
         self.layer = layer
 
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "hooks of an extractor cannot be scripted; script a copy without them: cgh.interop.exportable(backbone)."
+        )
+
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if self.layer in self.slots.captured:
             x = first_output(output)
@@ -379,6 +385,14 @@ class _Capture:
             if isinstance(x, Tensor) and (not self.slots.unchanged if compiling else x.is_inference()):
                 x = x.clone()
             self.slots.captured[self.layer] = x, version_of(x)
+
+
+def remove_hooks(backbone: nn.Module) -> None:
+    """Take the hooks of all extractors off a backbone; they are of no use afterwards."""
+    for module in backbone.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Capture):
+                del module._forward_hooks[key]
 
 
 def same_output(module: nn.Module) -> list[nn.Module]:

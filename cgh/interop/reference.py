@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from cgh import checkpoint
-from cgh.interop.matching import check_match, check_tensors
+from cgh.interop.matching import check_match, check_tensors, without_wrappers
 from cgh.method import CGH
 
 HEADS = {
@@ -60,7 +60,7 @@ SCALES = {"layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1.0}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the tensors of a reference checkpoint by the reference's names, without "module.".
+    """Return the tensors of a reference checkpoint by the reference's names, without wrappers' "module.".
 
     The file may be a whole checkpoint, with its tensors under "net" or "state_dict", or the tensors alone.
 
@@ -265,7 +265,7 @@ def _tensors(content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[s
     for name in ("net", "state_dict"):
         if isinstance(content.get(name), Mapping):
             content = content[name]
-    return {key.removeprefix("module."): x for key, x in check_tensors(content, str(path)).items()}
+    return {without_wrappers(key): x for key, x in check_tensors(content, str(path)).items()}
 
 
 def _parameters(state: Mapping[str, Tensor]) -> list[str]:

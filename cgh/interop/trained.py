@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,10 @@ from torch import Tensor, nn
 from cgh.hypercolumn import remove_classifier
 from cgh.interop.architectures import build_backbone, create, torchvision_names
 from cgh.interop.backbone import read
-from cgh.interop.matching import check_match, check_tensors
+from cgh.interop.matching import check_match, find_tensors, flatten, starts, under, whole_sets
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
-
-# Where a checkpoint keeps its tensors: this library's examples, the reference implementation, MoCo and many others.
-CHECKPOINT_KEYS = ("model", "net", "state_dict")
-# Where a method keeps its backbone: `cgh.CGH`, a `ContextEncoder`, a `HypercolumnExtractor`, the reference (and MoCo).
-ENCODER_KEYS = ("student.extractor.backbone", "extractor.backbone", "backbone", "encoder_q")
 
 
 def resnet(arch: str = "resnet50", small_images: bool = False) -> ResNet:
@@ -56,14 +51,16 @@ def trained_backbone(
     The file is a checkpoint of `examples/imagenet/pretrain.py` (whose student's backbone is taken), one of the
     reference implementation, or plain weights under torchvision's or timm's names, in PyTorch's format or as
     `.safetensors`.
-    It is read as data; a pickle that would run code is refused.
+    It is read as data; a pickle that would run code is refused. Others' checkpoints are searched too: names may begin
+    with those of wrappers, tasks and methods ("module.", "_orig_mod.", "model.", "backbone.", "encoder_q.") in any
+    order, and heads and prototypes beside the backbone stay behind.
 
     Args:
         path: the file.
         arch: as for `build_backbone`; by default what the file says, and if it says nothing, the ResNet of torchvision
             that its tensors fit.
         small_images: as for `build_backbone`; by default what the file says, or its first convolution shows.
-        checkpoint_key: the entry with the tensors; by default "model", "net" or "state_dict", or the file itself.
+        checkpoint_key: the entry with the tensors; by default the whole file is searched.
         encoder_key: what the backbone's names begin with, such as "encoder_q" (the reference's student),
             "encoder_k" (its teacher) or "teacher.encoder.extractor.backbone" (this library's); by default the student.
         image_size: as for `build_backbone`; by default the views' side that the file says, or the architecture's own.
@@ -71,8 +68,9 @@ def trained_backbone(
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
-        ValueError: the file is no checkpoint or cut short; it has no such entry; its tensors are not those of the
-            architecture, and then every missing, unexpected and misshapen key is listed.
+        ValueError: the file is no checkpoint or cut short; it has no such entry; several encoders fit, and none is a
+            student; its tensors are not those of the architecture, and then every missing, unexpected and misshapen key
+            is listed.
 
     Example:
         >>> import tempfile, torch, torchvision, cgh
@@ -82,19 +80,27 @@ def trained_backbone(
         torch.Size([2, 512])
     """
     content = read(path)
-    state = _backbone_state(_tensors(content, checkpoint_key, path), encoder_key, path)
+    tensors = flatten(content)
+    if checkpoint_key is not None:
+        if not isinstance(content.get(checkpoint_key), Mapping):
+            entries = [name for name, value in content.items() if isinstance(value, Mapping)]
+            raise ValueError(f"{path} has no tensors under {checkpoint_key!r}; its entries with tensors are {entries}.")
+        tensors = flatten(content[checkpoint_key])
+    if encoder_key is not None:
+        tensors = under(tensors, encoder_key, str(path))
     config = content.get("config")
     said = {**content, **(config if isinstance(config, Mapping) else {})}  # the reference has no config, but an "arch"
     if small_images is None:
-        small_images = bool(said.get("small_images", has_small_stem(state)))
-    arch = arch or said.get("arch") or find_arch(state, small_images, path)
+        small_images = bool(said.get("small_images", has_small_stem(tensors)))
+    arch = arch or said.get("arch") or find_arch(tensors, small_images, path)
     model = create(arch, small_images, said.get("crop_size") if image_size is None else image_size)
     classifier = model.state_dict().keys()
     remove_classifier(model)
     expected = model.state_dict()
     # By module, as other methods have a head of their own in its place.
     heads = {key.rpartition(".")[0] + "." for key in classifier - expected.keys()}
-    state = {key: x for key, x in state.items() if key in expected or not key.startswith(tuple(heads))}
+    found = find_tensors(tensors, expected, str(path))
+    state = {key: x for key, x in found.items() if key in expected or not key.startswith(tuple(heads))}
     # A count that no evaluation reads, and that files from before it existed lack.
     state |= {key: x for key, x in expected.items() if key.endswith("num_batches_tracked") and key not in state}
     check_match(state, expected, str(path))
@@ -106,34 +112,14 @@ def _resnets() -> list[str]:
     return [name for name in torchvision_names() if name.startswith(("resnet", "resnext", "wide_resnet"))]
 
 
-def has_small_stem(state: Mapping[str, Tensor]) -> bool:
-    """Return whether these are a ResNet's tensors with its 3x3 stem; a deep stem of timm's has no `conv1.weight`."""
-    stem = state.get("conv1.weight")
-    return stem is not None and stem.shape[-1] == 3
+def has_small_stem(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a ResNet with its 3x3 stem is there, whose first convolution alone takes three channels."""
+    stems = [x for name, x in tensors.items() if name.endswith("conv1.weight") and x.shape[1:2] == (3,)]
+    return bool(stems) and stems[0].shape[-1] == 3
 
 
-def _tensors(content: Mapping[str, Any], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, without the "module." of a model that was trained on several devices."""
-    if key is not None and not isinstance(content.get(key), Mapping):
-        entries = [name for name, value in content.items() if isinstance(value, Mapping)]
-        raise ValueError(f"{path} has no tensors under {key!r}; its entries with tensors are {entries}.")
-    keys = CHECKPOINT_KEYS if key is None else [key]
-    tensors = next((content[k] for k in keys if isinstance(content.get(k), Mapping)), content)
-    return {name.removeprefix("module."): x for name, x in check_tensors(tensors, str(path)).items()}
-
-
-def _backbone_state(tensors: Mapping[str, Tensor], key: str | None, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The backbone's tensors by its library's names, and those of a classifier or of the head in its place."""
-    keys = ENCODER_KEYS if key is None else [key]
-    prefix = next((f"{k}." for k in keys if any(name.startswith(f"{k}.") for name in tensors)), "")
-    if key is not None and not prefix:
-        starts = sorted({name.partition(".")[0] for name in tensors})
-        raise ValueError(f"{path} has no tensors whose names begin with {key + '.'!r}; they begin with {starts}.")
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
-    """Return the ResNet of torchvision whose tensors have the names and shapes of `state`.
+def find_arch(tensors: Mapping[str, Tensor], small_images: bool, path: str | os.PathLike[str]) -> str:
+    """Return the ResNet of torchvision whose tensors are there, with their names and shapes, whatever is in front.
 
     Raises:
         ValueError: there is none.
@@ -146,9 +132,10 @@ def find_arch(state: Mapping[str, Tensor], small_images: bool, path: str | os.Pa
     for arch in _resnets():
         with torch.device("meta"):
             expected = resnet(arch, small_images).state_dict()
-        if shapes(state) == shapes(expected):
+        if any(shapes(found) == shapes(expected) for found in whole_sets(tensors, expected).values()):
             return arch
     raise ValueError(
         f"{path} does not say its architecture, and its tensors fit none of {', '.join(_resnets())}; name the one that "
-        "it should be (arch), to see what differs, or where in the file the backbone is (checkpoint_key, encoder_key)."
+        "it should be (arch), to see what differs, or where in the file the backbone is (checkpoint_key, encoder_key): "
+        f"its names begin with {starts(tensors)}, such as {[*tensors][:3]}."
     )

@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
+from cgh.labels import integer_labels
+
 Split = Literal["train", "unlabelled", "val"]
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/)"
@@ -513,7 +515,7 @@ def _torchvision(root: Path, split: Split, dataset: type[Any], unpacked: str) ->
         return _folders(root, split, f"{unpacked}/ as torchvision.datasets.{dataset.__name__} unpacks it, or {FOLDERS}")
     if dataset is datasets.STL10:
         part = dataset(root, {"train": "train", "unlabelled": "train+unlabeled", "val": "test"}[split])
-        return Found(Arrays(torch.from_numpy(part.data)), torch.as_tensor(part.labels), part.classes)
+        return Found(Arrays(torch.from_numpy(part.data)), integer_labels(part.labels), part.classes)
     part = dataset(root, train=split != "val")
     return Found(Arrays(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets), part.classes)
 

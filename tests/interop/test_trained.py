@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -89,3 +91,58 @@ def test_keys_and_names_that_are_not_there(tmp_path: Path) -> None:
         resnet("resnet19")
     with pytest.raises(FileNotFoundError):
         trained_backbone(tmp_path / "nothing.pth")
+
+
+PREFIXES = [
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model._orig_mod.module.student.extractor.backbone.",
+    "_orig_mod.student._orig_mod.extractor.backbone.",
+    "model.student.extractor.backbone.",
+    "module.backbone.",
+    "encoder.",
+    "module.encoder_q.",
+    "model._fsdp_wrapped_module.backbone.",
+    "trunk.network.",
+]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "entry"), [*zip(PREFIXES, [None, "model", "state_dict", "state"] * 3, strict=False)]
+)
+def test_a_backbone_is_found_behind_any_prefix(prefix: str, entry: str | None, tmp_path: Path) -> None:
+    model = resnet("resnet18")
+    tensors = {prefix + key: x for key, x in model.state_dict().items()}
+    beside = prefix.rpartition(".")[0].rpartition(".")[0]
+    tensors |= {f"{beside}.projection_head.0.weight".lstrip("."): torch.ones(2, 2), f"{prefix}fc.weight": torch.ones(2)}
+    content = {entry: tensors, "epoch": 3, "best": np.float64(60), "args": Namespace(lr=1)} if entry else tensors
+    torch.save(content, tmp_path / "file.pth")
+    assert_same(trained_backbone(tmp_path / "file.pth", arch="resnet18"), model)
+    if entry is None:
+        assert_same(trained_backbone(tmp_path / "file.pth"), model)
+
+
+def test_of_student_and_teacher_one_has_to_be_named(tmp_path: Path) -> None:
+    student, teacher = resnet("resnet18"), resnet("resnet18")
+    content = {
+        "student": {f"module.backbone.{key}": x for key, x in student.state_dict().items()},
+        "teacher": {f"backbone.{key}": x for key, x in teacher.state_dict().items()},
+        "epoch": 3,
+    }
+    torch.save(content, tmp_path / "dino.pth")
+    with pytest.raises(ValueError, match=r"several encoders .*encoder_key='student.backbone' or 'teacher.backbone'"):
+        trained_backbone(tmp_path / "dino.pth")
+    assert_same(trained_backbone(tmp_path / "dino.pth", encoder_key="student.backbone"), student)
+    assert_same(trained_backbone(tmp_path / "dino.pth", encoder_key="teacher"), teacher)
+    assert_same(trained_backbone(tmp_path / "dino.pth", checkpoint_key="teacher"), teacher)
+
+
+def test_a_file_of_other_names_says_what_it_holds(tmp_path: Path) -> None:
+    torch.save({"model": {"backbone.0.weight": torch.ones(2), "head.weight": torch.ones(2)}}, tmp_path / "file.pth")
+    with pytest.raises(
+        ValueError, match=r"no tensor with a name of the model's.* begin with \['backbone', 'head'\], such as"
+    ):
+        trained_backbone(tmp_path / "file.pth", arch="resnet18")
+    with pytest.raises(ValueError, match=r"its names begin with \['backbone', 'head'\], such as \['model.backbone.0"):
+        trained_backbone(tmp_path / "file.pth")
