@@ -77,6 +77,10 @@ def name(page: Path) -> str:
 def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in NEEDS.get(name(page), []):
         pytest.importorskip(package)
+    if name(page) == "loops.md":
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # which a process otherwise keeps from one use on
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "examples" / "imagenet")])
     torch.manual_seed(0)
