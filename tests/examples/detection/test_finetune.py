@@ -241,19 +241,19 @@ def test_pictures_show_what_was_found_over_what_is_there(finetune: ModuleType) -
 @pytest.mark.slow
 def test_it_learns_to_detect(finetune: ModuleType, tmp_path: Path, weights: Path) -> None:
     run = tmp_path / "run"
-    options = f"--folder {run} --weights {weights} --detector fpn --fpn-channels 16 --steps 60 --batch 8 --lr 0.04"
-    options += " --warmup-steps 10 --sizes 64 --boxes-per-image 16 --proposals 50 --workers 0 --evaluate-steps 30"
+    options = f"--folder {run} --weights {weights} --detector fpn --fpn-channels 16 --steps 90 --batch 8 --lr 0.04"
+    options += " --warmup-steps 10 --sizes 64 --boxes-per-image 16 --proposals 50 --workers 0 --evaluate-steps 45"
     options += f" --train {rectangles.coco(tmp_path / 'coco', 40)} --pictures 2"
     options += f" --test {rectangles.voc(tmp_path / 'voc', 'val', 16, seed=200)}"
     finetune.main(options.split())
     half, end = (row for row in rows(run) if row["AP50"])
-    assert (half["step"], end["step"]) == ("30", "60")
+    assert (half["step"], end["step"]) == ("45", "90")
     assert float(end["AP50"]) > 90
     assert float(end["AP"]) == pytest.approx((float(end["AP/blue"]) + float(end["AP/red"])) / 2, rel=1e-3)
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["val0.png", "val1.png"]
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     config = json.loads((run / "config.json").read_text())
-    assert (config["classes"], config["steps"], config["weight_decay"]) == (["blue", "red"], 60, 1e-4)
+    assert (config["classes"], config["steps"], config["weight_decay"]) == (["blue", "red"], 90, 1e-4)
 
 
 class ByColour(nn.Module):
