@@ -286,3 +286,23 @@ def test_list_layers_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"VisionTransformer failed on an image of 32 x 32"):
         cgh.list_layers(small_vit(), 32)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", ["layer3", "layer4"]), ("convnext_atto", ["stages.3"])])
+def test_timms_gradient_checkpointing_changes_no_feature_and_no_gradient(name: str, layers: list[str]) -> None:
+    timm = pytest.importorskip("timm")
+    images, results = torch.randn(4, 3, 64, 64), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = timm.create_model(name)
+        backbone.set_grad_checkpointing(checkpointing)
+        features = cgh.HypercolumnExtractor(backbone, layers)(images)
+        (features.pooled.square().sum() + features.hypercolumn.square().mean()).backward()
+        gradients = {key: p.grad for key, p in backbone.named_parameters() if p.grad is not None}
+        results.append((features, gradients))
+    (plain, gradients), (checkpointed, others) = results
+    torch.testing.assert_close(checkpointed.pooled, plain.pooled)
+    torch.testing.assert_close(checkpointed.hypercolumn, plain.hypercolumn)
+    assert gradients.keys() == others.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(others[key], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
