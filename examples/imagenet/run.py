@@ -167,7 +167,7 @@ class Run:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        for leftover in self.folder.glob(".checkpoint.pt.*.tmp"):  # of a run that was killed while it wrote one
+        for leftover in self.folder.glob(".checkpoint-next.pt.*.tmp"):  # of a run that was killed while it wrote one
             leftover.unlink()
 
     def load(self) -> dict[str, Any] | None:
@@ -198,16 +198,20 @@ class Run:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; the one before stays as `checkpoint-previous.pt`.
 
+        The two change places after the new one is whole, so that two are good while it is written.
+
         Raises:
             OSError: the disk is full, say; the checkpoints that are there are untouched.
         """
+        written = self.folder / "checkpoint-next.pt"
+        cgh.checkpoint.save(state, written)
         if self.checkpoint.exists() and not self.broken:  # or the good one before it would go
             spare = self.folder / "checkpoint-spare.pt"
             with contextlib.suppress(OSError):  # a file system without hard links keeps no previous one
                 spare.unlink(missing_ok=True)
                 spare.hardlink_to(self.checkpoint)
                 spare.replace(self.previous)
-        cgh.checkpoint.save(state, self.checkpoint)
+        written.replace(self.checkpoint)
         self.broken.clear()
 
 

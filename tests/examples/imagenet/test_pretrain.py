@@ -123,7 +123,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: P
     folder = tmp_path / "run"
     arguments = [*SMALL, "--root", root, "--folder", folder, "--knn-epochs=1"]
     started = Started([*arguments, "--checkpoint-steps=3"], tmp_path / "output.txt")
-    started.wait_for("step 8/16")
+    started.wait_for("step 10/16")  # the save after step 9 waits until that after step 6 is whole
     started.kill_group()
     checkpoint = folder / "checkpoint.pt"
     os.truncate(checkpoint, checkpoint.stat().st_size // 2)
@@ -139,18 +139,27 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(root: Path, whole: P
     assert "No checkpoint of this run can be read" in failed.text()
 
 
-def test_the_good_checkpoint_stays_while_one_in_place_of_the_broken_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_checkpoints_are_good_while_a_third_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     last = importlib.import_module("run").Run(tmp_path)
     last.save({"step": 1})
     last.save({"step": 2})
-    last.checkpoint.write_bytes(b"cut short")
+    save = cgh.checkpoint.save
+
+    def killed(state: object, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cgh.checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        last.save({"step": 3})
+    assert last.load() == {"step": 2}
+    os.truncate(last.checkpoint, 100)
     with pytest.warns(UserWarning, match="(?s)cut short.* Going on from .*checkpoint-previous.pt"):
         assert last.load() == {"step": 1}
-    monkeypatch.setattr(cgh.checkpoint, "save", lambda state, path: None)  # killed before it was written
-    last.save({"step": 3})
+
+    monkeypatch.setattr(cgh.checkpoint, "save", save)
+    last.save({"step": 4})  # in place of the broken one, and not of the good one
+    assert last.load() == {"step": 4}
     assert cgh.checkpoint.load(last.previous) == {"step": 1}
 
 

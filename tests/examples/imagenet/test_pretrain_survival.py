@@ -43,7 +43,7 @@ def test_twenty_kills(root: Path, tmp_path: Path) -> None:
         else:  # while it starts, or resumes
             time.sleep(moments.uniform(0, 10 * step_time))
         started.kill_group()
-        torn += bool(list(folder.glob(".checkpoint.pt.*.tmp")))
+        torn += bool(list(folder.glob(".checkpoint-next.pt.*.tmp")))
         if (folder / "checkpoint.pt").exists():
             assert cgh.checkpoint.load(folder / "checkpoint.pt")["step"] < 48
     assert torn  # kills came while a checkpoint was being written, too
