@@ -182,7 +182,7 @@ class Learner(nn.Module):
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
         on_cuda = parameters[0].is_cuda
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=on_cuda or None)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 
 def momentum(settings: Settings, steps: int) -> float | Callable[[int], float]:
