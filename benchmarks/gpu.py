@@ -322,7 +322,7 @@ def replayed() -> str:
     with _deterministic():
         states = []
         for graph in (True, False):
-            learner, step = _study(batch=64, width=16, graph=graph, compile=False)
+            learner, step = _study(batch=64, width=16, size=32, graph=graph, compile=False)
             for i in range(STEPS):
                 step(i)
             states.append(learner.state_dict())
@@ -453,25 +453,37 @@ def step_rows(report: Report) -> None:
 
 
 def study_rows(report: Report) -> None:
-    """The study's step, from bytes on the device to the memory, beside the same step without graph and compilation."""
-    options = {"batch": 32, "width": 8} if report.small else {"batch": 256, "width": 64}
+    """The study's step, from bytes on the device to the memory, beside bare passes and the step without a graph."""
+    options = {"batch": 128, "width": 16, "size": 16} if report.small else {"batch": 256, "width": 64, "size": 32}
     torch.compiler.reset()
     _, ours = _study(**options, graph=True, compile=ON_GPU)
-    _, plain = _study(**options, graph=False, compile=False)
+    learner, plain = _study(**options, graph=False, compile=False)
+    batch, size = options["batch"], options["size"]
+    strong, weak = torch.randn(2, batch, 3, size, size, device=DEVICE)
+    strong, weak = (view.contiguous(memory_format=torch.channels_last) for view in (strong, weak))
+
+    def bare(_: int) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+            z = learner.student(strong)
+            with torch.no_grad():
+                learner.teacher(weak)
+        torch.stack([x.sum() for x in z.values()]).sum().backward()
+
     for i in range(6):
         ours(i)
         plain(i)
-    count = 2 if report.small else 20
+    count = 4 if report.small else 20
 
     def several(step: Callable[[int], object]) -> Callable[[], object]:
         return lambda: [step(i) for i in range(count)]
 
-    found = _times(ours=several(ours), plain=several(plain), repetitions=2 if report.small else 5)
-    speed = {name: options["batch"] * count / milliseconds * 1000 for name, milliseconds in found.items()}
-    what = f"study, ResNet-18 of width {options['width']}, 32 pixels, batch {options['batch']}"
-    report.rows.append(
-        Row(what, speed["ours"], speed["plain"], "without graph", 30_000, "images/s", absolute=True, least=True)
-    )
+    found = _times(ours=several(ours), plain=several(plain), bare=several(bare), repetitions=5)
+    speed = {name: batch * count / milliseconds * 1000 for name, milliseconds in found.items()}
+    what = f"study, ResNet-18 of width {options['width']}, {size} pixels, batch {batch}"
+    report.rows += [
+        Row(what, speed["ours"], speed["plain"], "without graph", 30_000, "images/s", absolute=True, least=True),
+        Row(f"{what}, a step", found["ours"] / count, found["bare"] / count, "bare passes", 1.25),
+    ]
 
 
 def wait_rows(report: Report) -> None:
@@ -486,17 +498,19 @@ def wait_rows(report: Report) -> None:
     report.rows.append(Row("host waits in a step", count, math.nan, "", 0, unit="", absolute=True))
 
 
-def _study(batch: int, width: int, graph: bool, compile: bool) -> tuple[nn.Module, Callable[[int], Tensor]]:
+def _study(batch: int, width: int, size: int, graph: bool, compile: bool) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """The study's learner on random images, and what trains it by the batch of a step."""
     from images import Images
     from methods import METHODS, Learner, Settings, resnet18
     from study import Budget, Study
 
-    pixels = torch.randint(256, (8 * batch, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(256, (8 * batch, 3, size, size), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(len(pixels), dtype=torch.long))
-    study = Study(Budget(ROOT, batch=batch, width=width, graph=graph, device=DEVICE.type), images, images)
+    study = Study(Budget(ROOT, batch=batch, width=width, size=size, graph=graph, device=DEVICE.type), images, images)
     torch.manual_seed(0)
-    learner = Learner(METHODS["across"], Settings(memory_size=4096), 10_000, resnet18(width), (3, 32, 32), 128, seed=0)
+    learner = Learner(
+        METHODS["across"], Settings(memory_size=4096), 10_000, resnet18(width), (3, size, size), 128, seed=0
+    )
     learner = learner.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_step = study._train_step(learner, learner.optimizer(5e-4))
     if compile:
@@ -505,7 +519,7 @@ def _study(batch: int, width: int, graph: bool, compile: bool) -> tuple[nn.Modul
     order = torch.arange(len(pixels)).split(batch)
 
     def step(number: int) -> Tensor:
-        drawn = study.crops.draw((batch, 3, 32, 32), number), study.augment.draw(batch, number)
+        drawn = study.crops.draw((batch, 3, size, size), number), study.augment.draw(batch, number)
         return train_step(0.01, learner.weights(10_000), order[number % len(order)], *drawn)
 
     return learner, step

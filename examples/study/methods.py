@@ -181,7 +181,6 @@ class Learner(nn.Module):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
-        on_cuda = parameters[0].is_cuda
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 
