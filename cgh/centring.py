@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from cgh import distributed
-from cgh.contexts import Banks, Contexts, check_banks, check_contexts
+from cgh.contexts import Banks, Contexts, check_banks, check_contexts, check_values
 from cgh.state import LocalTensors
 
 
@@ -48,6 +48,7 @@ class Centring(LocalTensors):
     def update(self, t: Contexts, memory: Banks) -> None:
         """Move the centres towards the mean similarity of the teacher's embeddings `t`, over all ranks."""
         check_contexts(t, "teacher", list(self))
+        check_values({name: t[name] for name in self}, "teacher")
         check_banks(t, memory, "teacher", list(self))
         for name in self:
             # The mean of t . M over the batch is (the mean of t) . M: no matrix.

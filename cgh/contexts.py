@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -30,9 +31,8 @@ def check_contexts(contexts: Contexts, owner: str, names: Sequence[str] | None =
 
     Raises:
         TypeError: not a mapping, or not floating point.
-        ValueError: a name is missing, a tensor is not `(N, D)`, batch sizes differ, a batch is empty, or a value is
-            not finite. Values are looked at on the CPU alone, and not in a graph of `torch.compile`, so that nothing
-            waits for a device.
+        ValueError: a name is missing, a tensor is not `(N, D)`, batch sizes differ, or a batch is empty. Values are
+            not looked at; see `check_values`.
     """
     if not isinstance(contexts, Mapping):
         raise TypeError(
@@ -55,10 +55,17 @@ def check_contexts(contexts: Contexts, owner: str, names: Sequence[str] | None =
         sizes[name] = x.shape[0]
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{owner} has contexts of different batch sizes, {sizes}; all must see the same images.")
-    for name in names:
-        if contexts[name].device.type == "cpu" and not torch.compiler.is_compiling():
-            check_finite(contexts[name], f"{owner}[{name!r}]")
     return next(iter(sizes.values()))
+
+
+def check_values(contexts: Contexts, owner: str) -> None:
+    """Raise ValueError for NaN or infinity in embeddings on the CPU.
+
+    Elsewhere this would wait for the device, and in a graph of `torch.compile` the host sees no values.
+    """
+    for name, x in contexts.items():
+        if x.is_cpu and not torch.compiler.is_compiling():
+            check_finite(x, f"{owner}[{name!r}]")
 
 
 def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[str]) -> None:
@@ -82,6 +89,23 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
             )
         if not memory[name].is_floating_point():
             raise TypeError(f"memory[{name!r}] is {memory[name].dtype}; a bank is floating point, as embeddings are.")
+
+
+def check_result(results: Sequence[Tensor], embeddings: Mapping[str, Contexts]) -> None:
+    """Raise what `check_values` does for the embeddings that scalars were computed from, as soon as one is not finite.
+
+    The scalars must be such that no value in the embeddings can be NaN or infinite without one of them. To look at
+    them alone takes a small part of the time.
+
+    Args:
+        results: the scalars.
+        embeddings: by what they are, for the message.
+    """
+    if not results[0].is_cpu or torch.compiler.is_compiling():
+        return
+    if not all(math.isfinite(x.detach().item()) for x in results):
+        for owner, contexts in embeddings.items():
+            check_values(contexts, owner)
 
 
 def check_same_device(tensors: Mapping[str, Tensor]) -> None:

@@ -17,11 +17,13 @@ from cgh.contexts import (
     check_banks,
     check_batch,
     check_contexts,
+    check_result,
     check_same_contexts,
     check_same_device,
     check_temperature,
 )
-from cgh.streaming import Query, Relation, cross_entropy, keeps, stream
+from cgh.kept import cross_entropies, infonce, keeps
+from cgh.streaming import Query, Relation, stream
 
 STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
 TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
@@ -99,10 +101,34 @@ class CrossContextLoss(nn.Module):
                 the contexts that it has; a learner's term is the mean over its views.
         """
         pairs = self._check(z, t, memory, local_views)
+        terms = self._terms(pairs, z, t, memory, local_views)
+        learners, guides = _unique(pairs)
+        check_result(
+            list(terms.values()),
+            {
+                "student": {name: z[name] for name in learners},
+                "teacher": {name: t[name] for name in guides},
+                **{
+                    f"local view {number}": {name: view[name] for name in learners if name in view}
+                    for number, view in enumerate(local_views)
+                },
+            },
+        )
+        return terms
+
+    def _terms(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        z: Contexts,
+        t: Contexts,
+        memory: Banks,
+        local_views: Sequence[Contexts],
+    ) -> dict[tuple[str, str], Tensor]:
+        """`terms` of what has been checked."""
         learners, guides = _unique(pairs)
         views = {name: [view[name] for view in (z, *local_views) if name in view] for name in learners}
         students = [
-            Query(torch.cat(views[name]), name, _temperature(self.student_temperature, name)) for name in learners
+            Query(_stacked(views[name]), name, _temperature(self.student_temperature, name)) for name in learners
         ]
         teachers = [
             Query(
@@ -114,14 +140,8 @@ class CrossContextLoss(nn.Module):
             )
             for name in guides
         ]
-        if len(pairs) == len(learners) == len(guides) and all(
-            keeps(student, teacher, memory) for student, teacher in zip(students, teachers, strict=True)
-        ):
-            # Learners and guides come in the order of the pairs, and each is in one pair alone.
-            return {
-                pair: cross_entropy(student, teacher, memory).mean()
-                for pair, student, teacher in zip(pairs, students, teachers, strict=True)
-            }
+        if keeps([*students, *teachers], memory):
+            return cross_entropies(pairs, students, teachers, memory)
         relations = stream(memory, [*students, *teachers])
         student = dict(zip(learners, relations[: len(learners)], strict=True))
         teacher = dict(zip(guides, relations[len(learners) :], strict=True))
@@ -199,13 +219,19 @@ class InfoNCELoss(nn.Module):
         check_contexts(z, "student")
         check_same_contexts(z, t)
         check_batch(z, t, memory, list(z), list(z))
-        relations = stream(memory, [Query(z[name], name, self.temperature) for name in z])
-        losses = []
-        for name, relation in zip(z, relations, strict=True):
-            positive = torch.sum(relation.rows * t[name].detach(), dim=1)
-            # The softmax over the positive and the memory, at the positive, is a sigmoid.
-            losses.append(-F.logsigmoid(positive - relation.logsumexp).mean())
-        return torch.stack(losses).sum()
+        queries = [Query(z[name], name, self.temperature) for name in z]
+        if keeps(queries, memory):
+            losses = [infonce(query, t[query.bank], memory) for query in queries]
+            check_result(losses, {"student": z, "teacher": t})
+            return torch.stack(losses).sum()
+        relations = stream(memory, queries)
+        positives = [
+            torch.sum(relation.rows * t[name].detach(), dim=1) for name, relation in zip(z, relations, strict=True)
+        ]
+        # The softmax over the positive and the memory, at the positive, is a sigmoid.
+        margins = [positive - relation.logsumexp for positive, relation in zip(positives, relations, strict=True)]
+        check_result([margin.sum() for margin in margins], {"student": z, "teacher": t})
+        return torch.stack([-F.logsigmoid(margin).mean() for margin in margins]).sum()
 
     @override
     def extra_repr(self) -> str:
@@ -221,6 +247,10 @@ def _cross_entropy(student: Relation, expected: Tensor) -> Tensor:
     """
     views = student.rows.unflatten(0, (-1, len(expected)))
     return (student.logsumexp.view(len(views), -1) - torch.sum(views * expected, dim=-1)).mean()
+
+
+def _stacked(views: Sequence[Tensor]) -> Tensor:
+    return views[0] if len(views) == 1 else torch.cat(list(views))
 
 
 def _unique(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cgh import distributed
-from cgh.contexts import Contexts, check_banks, check_contexts
+from cgh.contexts import Contexts, check_banks, check_contexts, check_values
 from cgh.finite import check_soon
 from cgh.state import Counted, LocalTensors
 
@@ -88,6 +88,7 @@ class MemoryBank(LocalTensors, Counted):
     def check(self, contexts: Contexts) -> None:
         """Raise what `enqueue` would before it writes; all ranks have to call it."""
         count = check_contexts(contexts, "contexts")
+        check_values(contexts, "contexts")
         if set(contexts) != set(self.dims):
             raise ValueError(f"contexts are {sorted(contexts)}; the memory keeps {sorted(self.dims)}, all in step.")
         check_banks(contexts, self, "contexts", list(self.dims))

@@ -13,6 +13,7 @@ row's largest logit grows. No exponential overflows either way.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -36,9 +37,6 @@ numbers of them, and a GPU multiplies slowly."""
 LARGEST = 60.0
 """Logits up to it need no maximum taken off: a million exponentials of it are within float32, and so is that of its
 negative."""
-
-KEPT = 4 * 2**20
-"""Relations of one pair, student's and teacher's, that are few enough to be held on a CPU, see `keeps`."""
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -81,6 +79,11 @@ def backend(x: Tensor) -> Literal["torch", "triton"]:
     return "triton" if HAS_TRITON and x.is_cuda and x.dtype != torch.float64 else "torch"
 
 
+def common_dtype(queries: Sequence[Query]) -> torch.dtype:
+    """Return the dtype that the embeddings of all queries fit into, at least float32."""
+    return reduce(torch.promote_types, (query.embeddings.dtype for query in queries), torch.float32)
+
+
 def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     """Return every query's relation, from one pass over the banks.
 
@@ -101,8 +104,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         >>> torch.allclose(relation.means["global"], p @ bank, atol=1e-5)
         True
     """
-    given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
-    dtype = torch.promote_types(given, torch.float32)
+    dtype = common_dtype(queries)
     rows = [query.embeddings.to(dtype) / query.temperature for query in queries]
     learns = [torch.is_grad_enabled() and x.requires_grad for x in rows]
     names = list(dict.fromkeys(name for query in queries for name in (query.bank, *query.averages)))
@@ -116,6 +118,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     how = backend(rows[0])
     products = dtype
     if how == "triton":
+        given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
         products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
     results = _stream(
         [x.detach() for x in rows],
@@ -131,7 +134,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     return [
         Relation(
             rows[number],
-            _Attach.apply(rows[number], logsumexp, means[number, query.bank] if learns[number] else None),
+            attach(rows[number], logsumexp, means[number, query.bank] if learns[number] else None),
             {name: means[number, name] for name in query.averages},
         )
         for number, (query, logsumexp) in enumerate(zip(queries, logsumexps, strict=True))
@@ -304,54 +307,19 @@ def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> flo
     return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
 
 
-def keeps(student: Query, teacher: Query, memory: Banks) -> bool:
-    """Return whether `cross_entropy` is the faster way for a pair: on a CPU, with relations few enough to be held."""
-    z, t = student.embeddings, teacher.embeddings
-    return z.device.type == "cpu" and (len(z) + len(t)) * len(memory[student.bank]) <= KEPT
+def attach(rows: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return `value` with the gradient of each of its elements with respect to one row, or of a scalar to all rows.
 
-
-@torch.no_grad()
-def _cross_entropy(
-    rows: Tensor, targets: Tensor, bank: Tensor, target_bank: Tensor, centre: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return `CE(p | t)` of each of `rows` `(V * N, D)` and its gradient, for `targets` `(N, E)`; both are scaled."""
-    logits = targets @ target_bank.to(targets.dtype).T
-    if centre is not None:
-        logits -= centre
-    target = logits.softmax(dim=1)
-    bank = bank.to(rows.dtype)
-    relation = (rows @ bank.T).log_softmax(dim=1).unflatten(0, (-1, len(target)))
-    value = -torch.sum(relation * target, dim=-1)
-    return value.flatten(), relation.exp_().sub_(target).flatten(0, 1) @ bank
-
-
-def cross_entropy(student: Query, teacher: Query, memory: Banks) -> Tensor:
-    """Return `CE(p | t)` of each of the rows of the student, `(V * N,)`, holding relations until the gradient is known.
-
-    It takes six products of `(N, D)` and `(D, K)` matrices for two pairs, where `stream` takes eight.
-
-    Args:
-        student: embeddings `(V * N, D)` of `V` views.
-        teacher: embeddings `(N, E)`.
-        memory: banks `(K, D)` and `(K, E)`.
+    It can be differentiated once. `gradient` is `(R, D)` as `rows` are, or None if nothing is to be differentiated.
 
     Example:
         >>> import torch
-        >>> from cgh.streaming import Query, cross_entropy
-        >>> z, t, bank = torch.randn(8, 6), torch.randn(4, 6), torch.randn(100, 6)
-        >>> cross_entropy(Query(z, "global", 0.1), Query(t, "global", 0.04), {"global": bank}).shape
-        torch.Size([8])
+        >>> from cgh.streaming import attach
+        >>> rows = torch.ones(2, 3, requires_grad=True)
+        >>> attach(rows, torch.tensor(5.0), torch.full((2, 3), 4.0)).backward()
+        >>> rows.grad[0]
+        tensor([4., 4., 4.])
     """
-    dtype = torch.promote_types(torch.promote_types(student.embeddings.dtype, teacher.embeddings.dtype), torch.float32)
-    rows = student.embeddings.to(dtype) / student.temperature
-    with torch.autocast(rows.device.type, enabled=False):
-        value, gradient = _cross_entropy(
-            rows.detach(),
-            teacher.embeddings.detach().to(dtype) / teacher.temperature,
-            memory[student.bank].detach(),
-            memory[teacher.bank].detach(),
-            None if teacher.centre is None else teacher.centre.detach() / teacher.temperature,
-        )
     attached: Tensor = _Attach.apply(rows, value, gradient)
     return attached
 
@@ -372,9 +340,13 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, gradient = ctx.saved_tensors
-        gradient = grad.unsqueeze(1) * gradient
+        gradient = grad.unsqueeze(-1) * gradient
         # Applying a function costs more than a small product: only where the gradient is recorded.
         return _Once.apply(gradient, rows) if torch.is_grad_enabled() else gradient, None, None
+
+
+# It is looked up at every call, and building it anew takes longer than a small loss.
+_Attach.forward.__signature__ = inspect.signature(_Attach.forward)  # type: ignore[attr-defined]
 
 
 class _Once(torch.autograd.Function):

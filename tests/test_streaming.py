@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgh
-from cgh import streaming
+from cgh import kept, streaming
 from cgh.relation import cross_context_term, infonce_term
 
 DIMS = {"global": 12, "hypercolumn": 7, "third": 5}
@@ -24,7 +24,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Rows of a bank read at a time; None holds the relations, where they are few."""
     monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     if request.param:
-        monkeypatch.setattr(streaming, "KEPT", 0)
+        monkeypatch.setattr(kept, "LIMIT", 0)
         monkeypatch.setattr(streaming, "MIN_CHUNK", request.param)
 
 
@@ -190,7 +190,7 @@ def test_large_embeddings_do_not_overflow() -> None:
 def test_a_later_chunk_may_hold_the_largest_logit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 10)
-    monkeypatch.setattr(streaming, "KEPT", 0)
+    monkeypatch.setattr(kept, "LIMIT", 0)
     z, t, memory = inputs(size=40)
     for name, bank in memory.items():
         memory[name] = bank * torch.logspace(-3, 3, 40, dtype=bank.dtype).unsqueeze(1)
@@ -203,7 +203,7 @@ def test_long_rows_after_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """The running maximum starts where the lengths no longer bound the logits."""
     monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 10)
-    monkeypatch.setattr(streaming, "KEPT", 0)
+    monkeypatch.setattr(kept, "LIMIT", 0)
     z, t, memory = inputs(size=40, dtype=torch.float32)
     for bank in memory.values():
         bank[30:] *= 200
@@ -219,9 +219,9 @@ def test_long_rows_after_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_relations_are_held_and_many_are_not() -> None:
     z, _, memory = inputs(size=101)
     student = streaming.Query(z["global"], "global", 0.1)
-    assert streaming.keeps(student, student, memory)
-    many = {"global": torch.empty(0).expand(streaming.KEPT // 12 + 1, 0)}
-    assert not streaming.keeps(student, student, many)
+    assert kept.keeps([student, student], memory)
+    many = {"global": torch.empty(0).expand(kept.LIMIT // 12 + 1, 0)}
+    assert not kept.keeps([student, student], many)
 
 
 def test_the_order_of_the_memory_does_not_matter() -> None:
@@ -327,6 +327,18 @@ def test_a_bank_that_does_not_fit(change: Callable[[Tensor], Tensor], error: typ
     for criterion in (cgh.CrossContextLoss(), cgh.InfoNCELoss()):
         with pytest.raises(error, match=message):
             criterion(z, t, memory)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite(criterion: nn.Module, owner: str, value: float) -> None:
+    z, t, memory = inputs()
+    with torch.no_grad():
+        {"student": z, "teacher": t}[owner]["hypercolumn"][2, 1] = value
+    with pytest.raises(ValueError, match=rf"{owner}\['hypercolumn'\] holds 1 values .* {value} in row 2"):
+        criterion(z, t, memory)
 
 
 def test_a_local_view_on_another_device() -> None:
