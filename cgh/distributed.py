@@ -137,7 +137,8 @@ def _hosts() -> Any:
     return _groups[0][1]
 
 
-@outside_graphs
+# An operator of its own, so that a graph of `torch.compile` holds it as one call.
+@torch.library.custom_op("cgh::exchange", mutates_args=(), schema="(Tensor x, Tensor permutation) -> Tensor")
 def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     """`permute` over several ranks."""
     rank, world_size = rank_and_world_size()
@@ -145,8 +146,8 @@ def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     sends = [source[source[:, r] % world_size == rank, r] // world_size for r in range(world_size)]
     origin = source[:, rank] % world_size
     # Channels-last rows are sent as they lie, so that neither end copies them into another layout.
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    rows = rearrange(x, "n c h w -> n h w c") if channels_last else x
+    channels_last = _layout(x) == torch.channels_last
+    rows = rearrange(x, "n c h w -> n h w c") if channels_last else x.contiguous()
     received = torch.empty_like(rows)
     dist.all_to_all_single(
         received,
@@ -157,3 +158,14 @@ def _exchange(x: Tensor, permutation: Tensor) -> Tensor:
     arrival = torch.argsort(origin, stable=True)  # rows arrive by rank of origin; row k belongs at arrival[k]
     result = received[send(torch.argsort(arrival), x.device)]
     return rearrange(result, "n h w c -> n c h w") if channels_last else result
+
+
+@_exchange.register_fake
+def _(x: Tensor, permutation: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout in which rows are sent and received."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -47,6 +47,8 @@ class BatchShuffle(Counted):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
+        # The count once more, no buffer, as it stays on the host: that has to know which rank sends how much to which.
+        self._on_host = torch.zeros((), dtype=torch.long, device="cpu")
 
     @property
     def calls(self) -> int:
@@ -58,32 +60,48 @@ class BatchShuffle(Counted):
         self._set_count(calls)
 
     @override
+    def _set_count(self, count: int) -> None:
+        super()._set_count(count)
+        self._on_host.fill_(count)
+
+    @override
     @torch.no_grad()
     def forward(self, encoder: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
         _, world_size = distributed.rank_and_world_size()
         if world_size == 1:
             order = permutation(len(images), self.seed, self._count, self._count.device)
-            self._count.add_(1)
         else:
-            order = self._shared_order(len(images), world_size)
+            order = _shared_order(self._on_host, len(images), self.seed)
+        self._count.add_(1)
         contexts = encoder(distributed.permute(images, order))
         inverse = torch.argsort(order)
         embeddings = distributed.permute(torch.cat(list(contexts.values()), dim=1), inverse)
         widths = [x.shape[1] for x in contexts.values()]
         return dict(zip(contexts, embeddings.split(widths, dim=1), strict=True))
 
-    @distributed.outside_graphs
-    def _shared_order(self, size: int, world_size: int) -> Tensor:
-        """The order of the global batch, on the host, which has to know which rank sends how much to which."""
-        distributed.check_sizes(size)
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph cannot shuffle over several ranks, as all its replays would be of one order: pass "
-                "shuffle=False, and use synchronised batch norm."
-            )
-        order = permutation(size * world_size, self.seed, self._seen, torch.device("cpu"))
-        self._advance()
-        return order
+
+# An operator of its own, so that a graph of `torch.compile` holds it as one call, and talks to the other ranks in it.
+@torch.library.custom_op(
+    "cgh::shared_order", mutates_args=("calls",), schema="(Tensor(a!) calls, int size, int seed) -> Tensor"
+)
+def _shared_order(calls: Tensor, size: int, seed: int) -> Tensor:
+    """Return the order of the global batch, `size` images a rank, on the host, and count the call."""
+    distributed.check_sizes(size)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph cannot shuffle over several ranks, as all its replays would be of one order: pass "
+            "shuffle=False, and use synchronised batch norm."
+        )
+    _, world_size = distributed.rank_and_world_size()
+    order = permutation(size * world_size, seed, int(calls), torch.device("cpu"))
+    calls.add_(1)
+    return order
+
+
+@_shared_order.register_fake
+def _(calls: Tensor, size: int, seed: int) -> Tensor:
+    _, world_size = distributed.rank_and_world_size()
+    return calls.new_empty(size * world_size)
 
 
 def permutation(size: int, seed: int, call: Integer, device: torch.device) -> Tensor:
