@@ -135,15 +135,15 @@ class Tokens(nn.Module):
 
     def __init__(self, prefix: int, declared: bool) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 5, kernel_size=8, stride=8)
+        self.patches = nn.Conv2d(3, 8, kernel_size=8, stride=8)
         self.tokens = nn.Identity()
         self.prefix = prefix
         if declared:
-            self.cls_token = nn.Parameter(torch.zeros(1, prefix, 5))
+            self.cls_token = nn.Parameter(torch.zeros(1, prefix, 8))
 
     def forward(self, images: Tensor) -> Tensor:
         grid = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = self.tokens(torch.cat([grid.new_full((len(grid), self.prefix, 5), 1e6), grid], dim=1))
+        tokens = self.tokens(torch.cat([grid.new_full((len(grid), self.prefix, 8), 1e6), grid], dim=1))
         return tokens[:, self.prefix :].mean(1)
 
 
@@ -161,7 +161,7 @@ def test_tokens_become_the_grid_that_they_came_from(
 def test_tokens_without_a_known_prefix_are_never_guessed() -> None:
     # Nine tokens are a 3 x 3 grid, and also a 2 x 2 grid after five register tokens.
     features = cgh.HypercolumnExtractor(Tokens(prefix=5, declared=False), ["tokens"])
-    with pytest.raises(ValueError, match=r"gave shape \(2, 9, 5\): 9 tokens.*Pass prefix_tokens="):
+    with pytest.raises(ValueError, match=r"gave shape \(2, 9, 8\): 9 tokens.*Pass prefix_tokens="):
         features(torch.randn(2, 3, 16, 16))
 
 
@@ -185,18 +185,18 @@ class ChannelsLast(nn.Module):
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 28), (30, 17)])
 def test_channels_last_is_recognised(size: tuple[int, int]) -> None:
-    backbone = ChannelsLast(channels=6)
+    backbone = ChannelsLast(channels=10)
     images = torch.randn(2, 3, *size)
     first = backbone.first(images)
-    expected = nn.functional.layer_norm(first.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2)
+    expected = nn.functional.layer_norm(first.permute(0, 2, 3, 1), (10,)).permute(0, 3, 1, 2)
     hypercolumn = cgh.HypercolumnExtractor(backbone, ["first", "last"])(images).hypercolumn
     torch.testing.assert_close(hypercolumn, torch.cat([first, expected], dim=1))
 
 
 def test_a_map_that_may_be_either_has_to_be_named() -> None:
-    images = torch.randn(2, 3, 16, 16)  # four channels on a map of 4 x 4
-    backbone = ChannelsLast(channels=4)
-    with pytest.raises(ValueError, match=r"gave shape \(2, 4, 4, 4\) .* layouts=\{'last': 'NCHW'\} or 'NHWC'"):
+    images = torch.randn(2, 3, 32, 32)  # eight channels on a map of 8 x 8
+    backbone = ChannelsLast(channels=8)
+    with pytest.raises(ValueError, match=r"gave shape \(2, 8, 8, 8\) .* layouts=\{'last': 'NCHW'\} or 'NHWC'"):
         cgh.HypercolumnExtractor(backbone, ["last"])(images)
     hypercolumn = cgh.HypercolumnExtractor(backbone, ["last"], layouts={"last": "NHWC"})(images).hypercolumn
     torch.testing.assert_close(hypercolumn.mean((2, 3)), backbone(images))

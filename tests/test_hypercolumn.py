@@ -41,7 +41,7 @@ class Map(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(3, 8, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.conv(images)
@@ -238,7 +238,7 @@ def test_bad_layers() -> None:
 
 def test_a_layer_that_does_not_run(images: Tensor) -> None:
     backbone = small_backbone()
-    backbone.unused = nn.Conv2d(3, 3, 1)
+    backbone.unused = nn.Conv2d(3, 8, 1)
     with pytest.raises(ValueError, match="layer 'unused' did not run"):
         cgh.HypercolumnExtractor(backbone, ["layer3", "unused"])(images)
 
@@ -246,7 +246,7 @@ def test_a_layer_that_does_not_run(images: Tensor) -> None:
 def test_outputs_that_are_not_maps(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"layer 'fc' gave shape \(2, 512\); .*\(N, C, H, W\)"):
         cgh.HypercolumnExtractor(small_backbone(), ["fc"])(images)
-    with pytest.raises(ValueError, match=r"Map\) gave shape \(2, 4, 64, 64\) for 2 images; .*nn.Flatten"):
+    with pytest.raises(ValueError, match=r"Map\) gave shape \(2, 8, 64, 64\) for 2 images; .*nn.Flatten"):
         cgh.HypercolumnExtractor(Map(), ["conv"])(images)
 
 
@@ -258,8 +258,8 @@ def test_bad_images(features: cgh.HypercolumnExtractor, images: Tensor) -> None:
 
 
 def test_a_backbone_that_cannot_take_the_probe_image() -> None:
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 8))
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 8))
     features = cgh.HypercolumnExtractor(backbone, ["0"])
     with pytest.raises(ValueError, match=r"failed on a \(3, 224, 224\) image: .* Pass image_shape="):
         features.widths()
-    assert features.widths((3, 32, 32)) == (8, {"hypercolumn": 4})
+    assert features.widths((3, 32, 32)) == (8, {"hypercolumn": 8})

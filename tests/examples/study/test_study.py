@@ -364,3 +364,9 @@ def test_images_are_decoded_once_and_scaled_by_area(study: ModuleType, tmp_path:
 def test_an_unknown_method_is_named(study: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no method 'moco'; there are infonce-global"):
         study.main(study.Run(root=tmp_path, methods=("moco",)))
+
+
+def test_narrow_networks_are_refused_on_a_processor(study: ModuleType) -> None:
+    images = study.Images(torch.zeros(48, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(48, dtype=torch.long))
+    with pytest.raises(ValueError, match="--width 4 on a CPU: .* Take 8 or more"):
+        study.Study(study.Budget(root=Path(), batch=48, width=4, device="cpu"), images, images)
