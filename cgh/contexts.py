@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -91,21 +91,13 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
             raise TypeError(f"memory[{name!r}] is {memory[name].dtype}; a bank is floating point, as embeddings are.")
 
 
-def check_result(results: Sequence[Tensor], embeddings: Mapping[str, Contexts]) -> None:
-    """Raise what `check_values` does for the embeddings that scalars were computed from, as soon as one is not finite.
+def are_finite(results: Iterable[Tensor]) -> bool:
+    """Return whether scalars on the CPU are finite: True for others, as `check_values` does not look at them either.
 
-    The scalars must be such that no value in the embeddings can be NaN or infinite without one of them. To look at
-    them alone takes a small part of the time.
-
-    Args:
-        results: the scalars.
-        embeddings: by what they are, for the message.
+    Where no value of a loss's embeddings can be NaN or infinite without its result being so too, looking at that alone
+    takes a small part of the time.
     """
-    if not results[0].is_cpu or torch.compiler.is_compiling():
-        return
-    if not all(math.isfinite(x.detach().item()) for x in results):
-        for owner, contexts in embeddings.items():
-            check_values(contexts, owner)
+    return torch.compiler.is_compiling() or all(not x.is_cpu or math.isfinite(x.detach().item()) for x in results)
 
 
 def check_same_device(tensors: Mapping[str, Tensor]) -> None:

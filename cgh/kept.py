@@ -72,7 +72,9 @@ def cross_entropies(
                 # In place where nothing else needs it: taking new memory costs as much as computing.
                 last = guide == guides[-1]
                 difference = relation.sub_(targets[guide]) if last else relation - targets[guide]
-                found[query.bank, guide] = value, difference.flatten(0, 1) @ bank / (query.temperature * count)
+                scale = 1 / (query.temperature * count)
+                gradient = torch.addmm(bank[0], difference.view(count, -1), bank, beta=0, alpha=scale)
+                found[query.bank, guide] = value, gradient
     return {pair: attach(rows[pair[0]], *found[pair]) for pair in pairs}
 
 

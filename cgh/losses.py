@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +15,14 @@ from cgh.centring import Centring
 from cgh.contexts import (
     Banks,
     Contexts,
+    are_finite,
     check_banks,
     check_batch,
     check_contexts,
-    check_result,
     check_same_contexts,
     check_same_device,
     check_temperature,
+    check_values,
 )
 from cgh.kept import cross_entropies, infonce, keeps
 from cgh.streaming import Query, Relation, stream
@@ -88,7 +90,7 @@ class CrossContextLoss(nn.Module):
     def forward(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> Tensor:
         """Return the mean of `terms`."""
         terms = self.terms(z, t, memory, *local_views)
-        return torch.stack(list(terms.values())).mean()
+        return reduce(torch.add, terms.values()) / len(terms)
 
     def terms(self, z: Contexts, t: Contexts, memory: Banks, *local_views: Contexts) -> dict[tuple[str, str], Tensor]:
         """Return every pair's term, a scalar by (learner, guide).
@@ -102,18 +104,12 @@ class CrossContextLoss(nn.Module):
         """
         pairs = self._check(z, t, memory, local_views)
         terms = self._terms(pairs, z, t, memory, local_views)
-        learners, guides = _unique(pairs)
-        check_result(
-            list(terms.values()),
-            {
-                "student": {name: z[name] for name in learners},
-                "teacher": {name: t[name] for name in guides},
-                **{
-                    f"local view {number}": {name: view[name] for name in learners if name in view}
-                    for number, view in enumerate(local_views)
-                },
-            },
-        )
+        if not are_finite(terms.values()):
+            learners, guides = _unique(pairs)
+            check_values({name: z[name] for name in learners}, "student")
+            check_values({name: t[name] for name in guides}, "teacher")
+            for number, view in enumerate(local_views):
+                check_values({name: view[name] for name in learners if name in view}, f"local view {number}")
         return terms
 
     def _terms(
@@ -222,16 +218,16 @@ class InfoNCELoss(nn.Module):
         queries = [Query(z[name], name, self.temperature) for name in z]
         if keeps(queries, memory):
             losses = [infonce(query, t[query.bank], memory) for query in queries]
-            check_result(losses, {"student": z, "teacher": t})
-            return torch.stack(losses).sum()
+            _check_both(losses, z, t)
+            return reduce(torch.add, losses)
         relations = stream(memory, queries)
         positives = [
             torch.sum(relation.rows * t[name].detach(), dim=1) for name, relation in zip(z, relations, strict=True)
         ]
         # The softmax over the positive and the memory, at the positive, is a sigmoid.
         margins = [positive - relation.logsumexp for positive, relation in zip(positives, relations, strict=True)]
-        check_result([margin.sum() for margin in margins], {"student": z, "teacher": t})
-        return torch.stack([-F.logsigmoid(margin).mean() for margin in margins]).sum()
+        _check_both([margin.sum() for margin in margins], z, t)
+        return reduce(torch.add, [-F.logsigmoid(margin).mean() for margin in margins])
 
     @override
     def extra_repr(self) -> str:
@@ -247,6 +243,13 @@ def _cross_entropy(student: Relation, expected: Tensor) -> Tensor:
     """
     views = student.rows.unflatten(0, (-1, len(expected)))
     return (student.logsumexp.view(len(views), -1) - torch.sum(views * expected, dim=-1)).mean()
+
+
+def _check_both(results: Sequence[Tensor], z: Contexts, t: Contexts) -> None:
+    """Look for values that are not finite in the embeddings if `results` have some."""
+    if not are_finite(results):
+        check_values(z, "student")
+        check_values(t, "teacher")
 
 
 def _stacked(views: Sequence[Tensor]) -> Tensor:
