@@ -43,3 +43,10 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 def embeddings(count: int, dims: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Random unit embeddings in float64, by context."""
     return {name: unit(count, dim, seed=seed + i) for i, (name, dim) in enumerate(dims.items())}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed")
+    inputs = sum(int(str(x)) for report in reports for name, x in report.user_properties if name == "inputs")
+    if inputs:
+        terminalreporter.write_line(f"{inputs:,} broken files were read, or refused by the errors that are documented.")

@@ -38,7 +38,6 @@ def test_exponentiate(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "backend", lambda x: "triton")
-    monkeypatch.setattr(streaming, "keeps", lambda *_: False)
     monkeypatch.setattr(cgh.losses, "keeps", lambda *_: False)
     monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 200)

@@ -162,12 +162,15 @@ def load_features(
     state = checkpoint.load(path)
     if state.keys() != {*LabelledFeatures._fields, "about"}:
         raise ValueError(f"{path} holds {sorted(map(str, state))[:5]}; a file of features is what save_features wrote.")
-    saved: dict[str, Any] = state.pop("about")
-    expected = saved if about is None else about
+    saved = state.pop("about")
+    if not isinstance(saved, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        kinds = {key: type(x).__name__ for key, x in {**state, "about": saved}.items()}
+        raise ValueError(f"{path} holds {kinds}; features and labels are tensors, and what they are of a dictionary.")
+    expected = {} if about is None else about
     different = [
         f"{key} is {saved.get(key)!r} there, {expected.get(key)!r} here"
         for key in {**saved, **expected}
-        if saved.get(key) != expected.get(key)
+        if about is not None and saved.get(key) != expected.get(key)
     ]
     if different:
         raise ValueError(f"{path} holds features of something else: {'; '.join(different)}. Extract into another file.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -13,6 +14,25 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 CONTAINERS = ("model", "net", "state_dict")
 # Where a method keeps its backbone: `cgh.CGH`, a `ContextEncoder`, a `HypercolumnExtractor`, the reference (and MoCo).
 ENCODERS = ("student.extractor.backbone", "extractor.backbone", "backbone", "encoder_q", "")
+
+
+@contextlib.contextmanager
+def described_by(what: str) -> Iterator[None]:
+    """Raise ValueError that names the file for whatever goes wrong in building the model that a file describes.
+
+    Example:
+        >>> from cgh.interop.matching import described_by
+        >>> with described_by("config.json"):
+        ...     {}["image_size"]
+        Traceback (most recent call last):
+        ...
+        ValueError: config.json: describes no model that can be built, KeyError: 'image_size'
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = "" if type(error) is ValueError else f"describes no model that can be built, {type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{error}") from error
 
 
 def check_match(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from cgh import checkpoint
-from cgh.interop.matching import check_match, check_tensors, without_wrappers
+from cgh.interop.matching import check_match, check_tensors, described_by, without_wrappers
 from cgh.method import CGH
 
 HEADS = {
@@ -169,12 +169,13 @@ def resume(path: str | os.PathLike[str], model: CGH, optimizer: torch.optim.Opti
     content = checkpoint.load(path)
     state = _tensors(content, path)
     epoch = content.get("epoch")
-    if not isinstance(epoch, int) or epoch < 0:
+    if type(epoch) is not int or epoch < 0:
         raise ValueError(f"{path} has no count of epochs (epoch is {epoch!r}): no checkpoint of a run.")
     momenta = _momenta(content.get("optimizer0"), state, path)
     ours = _parameters_of(model, optimizer)
     check_match(momenta, ours, f"the momentum in {path}")
-    rest = load(model, state)
+    with described_by(str(path)):
+        rest = load(model, state)
     for key, parameter in ours.items():
         optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momenta[key])
     step = epoch * steps_per_epoch
@@ -285,20 +286,22 @@ def _momenta(content: Any, state: Mapping[str, Tensor], path: str | os.PathLike[
     groups = _groups(names)
     try:
         numbers = [group["params"] for group in content["param_groups"]]
+        lengths = [len(numbers_of_group) for numbers_of_group in numbers]
         kept = {number: x["momentum_buffer"] for number, x in content["state"].items()}
-    except (KeyError, TypeError) as error:
+        in_order = [kept.get(number) for number in chain.from_iterable(numbers)]
+    except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} has no momentum of SGD under 'optimizer0'; read the weights alone by `load`, and warm up anew."
         ) from error
-    if [len(group) for group in numbers] == [len(names)]:
+    if lengths == [len(names)]:
         groups = [names]
-    elif [len(group) for group in numbers] != [len(group) for group in groups]:
+    elif lengths != [len(group) for group in groups]:
         raise ValueError(
-            f"{path} has an optimiser of {[len(group) for group in numbers]} parameters in its groups; the reference's "
+            f"{path} has an optimiser of {lengths} parameters in its groups; the reference's "
             f"has {[len(names)]} (CIFAR) or {[len(group) for group in groups]} (ImageNet)."
         )
-    by_name = zip(chain.from_iterable(groups), chain.from_iterable(numbers), strict=True)
-    return {key: kept[number] for key, number in by_name if kept.get(number) is not None}
+    by_name = zip(chain.from_iterable(groups), in_order, strict=True)
+    return check_tensors({key: x for key, x in by_name if x is not None}, f"the momentum in {path}")
 
 
 def _named_parameters(model: CGH) -> dict[str, nn.Parameter]:

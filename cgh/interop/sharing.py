@@ -23,7 +23,7 @@ from cgh.extras import require
 from cgh.hypercolumn import HypercolumnExtractor, remove_classifier
 from cgh.interop.architectures import TIMM, create
 from cgh.interop.backbone import backbone_state, find_backbone, read
-from cgh.interop.matching import check_match, check_tensors
+from cgh.interop.matching import check_match, check_tensors, described_by
 from cgh.interop.trained import find_arch, has_small_stem
 from cgh.layouts import declared_prefix_tokens
 from cgh.method import CGH
@@ -146,6 +146,8 @@ def from_pretrained(folder: str | os.PathLike[str], arch: str | None = None, hea
     folder = Path(folder)
     config = pretrained_config(folder)
     about = config.get("cgh", {})
+    if not isinstance(about, dict):
+        raise ValueError(f"{folder / CONFIG} holds {about!r} under 'cgh'; save_pretrained writes an object there.")
     if "model_type" in config and arch is None:
         backbone: nn.Module = require("transformers", extra="hub").AutoModel.from_pretrained(
             folder, use_safetensors=True, local_files_only=True
@@ -157,9 +159,10 @@ def from_pretrained(folder: str | os.PathLike[str], arch: str | None = None, hea
     said = about.get("heads")
     if said is None:
         raise ValueError(f"{folder} has no heads; save_pretrained(..., heads=True) writes them.")
-    extractor = HypercolumnExtractor(backbone, said["hypercolumns"], said["layouts"], said["prefix_tokens"])
-    size = about["image_size"]
-    encoder = ContextEncoder(extractor, said["dims"], said["hidden_dim"], image_shape=(3, size, size))
+    with described_by(str(folder / CONFIG)):
+        extractor = HypercolumnExtractor(backbone, said["hypercolumns"], said["layouts"], said["prefix_tokens"])
+        size = about["image_size"]
+        encoder = ContextEncoder(extractor, said["dims"], said["hidden_dim"], image_shape=(3, size, size))
     state = check_tensors(read(folder / HEADS), str(folder / HEADS))
     check_match(state, encoder.heads.state_dict(), str(folder / HEADS))
     encoder.heads.load_state_dict(state)
@@ -254,11 +257,12 @@ def model_card(
 
 def _build(config: Mapping[str, Any], about: Mapping[str, Any], arch: str | None, folder: Path) -> nn.Module:
     """The backbone of a folder in timm's layout, or of this library's own."""
-    said = about.get("arch") or (TIMM + config["architecture"] if "architecture" in config else None)
+    said = about.get("arch") or (f"{TIMM}{config['architecture']}" if "architecture" in config else None)
     if arch is None and said is None:
         raise ValueError(f"{folder / CONFIG} names no architecture; its entries are {sorted(config)}.")
-    size = about.get("image_size") or (config.get("model_args") or {}).get("img_size")
-    backbone = create(arch or str(said), bool(about.get("small_images")), size)
+    with described_by(str(folder / CONFIG)):
+        size = about.get("image_size") or (config.get("model_args") or {}).get("img_size")
+        backbone = create(arch or str(said), bool(about.get("small_images")), size)
     classifier = backbone.state_dict().keys()
     remove_classifier(backbone)
     expected = backbone.state_dict()

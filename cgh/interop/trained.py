@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cgh.hypercolumn import remove_classifier
 from cgh.interop.architectures import build_backbone, create, torchvision_names
 from cgh.interop.backbone import read
-from cgh.interop.matching import check_match, find_tensors, flatten, starts, under, whole_sets
+from cgh.interop.matching import check_match, described_by, find_tensors, flatten, starts, under, whole_sets
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
@@ -91,9 +91,11 @@ def trained_backbone(
     config = content.get("config")
     said = {**content, **(config if isinstance(config, Mapping) else {})}  # the reference has no config, but an "arch"
     if small_images is None:
-        small_images = bool(said.get("small_images", has_small_stem(tensors)))
+        stated = said.get("small_images")
+        small_images = stated if isinstance(stated, bool) else has_small_stem(tensors)
     arch = arch or said.get("arch") or find_arch(tensors, small_images, path)
-    model = create(arch, small_images, said.get("crop_size") if image_size is None else image_size)
+    with described_by(str(path)):
+        model = create(str(arch), small_images, said.get("crop_size") if image_size is None else image_size)
     classifier = model.state_dict().keys()
     remove_classifier(model)
     expected = model.state_dict()

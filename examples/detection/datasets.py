@@ -14,6 +14,7 @@ sizes are those of the upright image, where a photograph is stored turned or mir
 from __future__ import annotations
 
 import json
+import os
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def read(sources: Sequence[str], classes: Sequence[str] | None = None, skip_bad_
 
 def _check(entry: _Entry, labels: dict[str, int], bad: list[str]) -> Record:
     """The record of an entry, with its bad boxes described in `bad` and left out."""
-    if not entry.image.is_file():
+    if not os.path.isfile(entry.image):  # noqa: PTH113 (False for names that no file can have, too)
         raise FileNotFoundError(
             f"{entry.file} annotates {entry.image}, which is not there; add the image, or take its annotation out."
         )
@@ -174,7 +175,7 @@ def _read_voc(root: Path, split: str) -> tuple[list[_Entry], list[str]]:
     if not listing.is_file():
         splits = ", ".join(sorted(path.stem for path in sets.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"{listing} is not there; the splits of {root} are: {splits}.")
-    lines = (line.split() for line in listing.read_text().splitlines())
+    lines = (line.split() for line in os.fsdecode(listing.read_bytes()).splitlines())
     entries = [_voc_entry(annotations / f"{words[0]}.xml", images, listing) for words in lines if words]
     return entries, sorted({thing.name for entry in entries for thing in entry.objects})
 
@@ -191,9 +192,10 @@ def _voc_entry(file: Path, images: Path, listing: Path) -> _Entry:
             for thing in tree.iter("object")
         ]
         height, width = (int(tree.findtext(f"size/{side}", "")) for side in ("height", "width"))
+        _check_size(height, width)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is not there, but {listing} lists it; add it, or take its line out.") from None
-    except (ET.ParseError, ValueError) as error:
+    except (ET.ParseError, LookupError, OSError, ValueError) as error:
         raise ValueError(
             f"{file} is no annotation in VOC's format, with the image's size, and a name and a bndbox for each object: "
             f"{error}."
@@ -201,6 +203,11 @@ def _voc_entry(file: Path, images: Path, listing: Path) -> _Entry:
     names = (file.stem + spelled for suffix in SUFFIXES for spelled in (suffix, suffix.upper()))
     image = next((path for name in names if (path := images / name).is_file()), None)
     return _Entry(file, image or images / f"{file.stem}.jpg", file.stem, height, width, objects)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {width} x {height} pixels")
 
 
 def _voc_box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:
@@ -215,26 +222,29 @@ def _read_coco(images: Path, file: Path) -> tuple[list[_Entry], list[str]]:
         data = json.loads(file.read_text())
         categories = {int(x["id"]): str(x["name"]) for x in sorted(data["categories"], key=lambda x: int(x["id"]))}
         objects: dict[int, list[_Object]] = {int(x["id"]): [] for x in data["images"]}
+        if len(objects) < len(data["images"]):
+            raise ValueError(f"its {len(data['images'])} images have {len(objects)} different ids")
         for x in data["annotations"]:
-            if x["image_id"] not in objects:
-                raise ValueError(f"annotation {x['id']} is of image {x['image_id']}, which is not among its images")
-            if x["category_id"] not in categories:
-                raise ValueError(f"annotation {x['id']} has the category {x['category_id']}, which it does not name")
+            image, category = int(x["image_id"]), int(x["category_id"])
+            if image not in objects:
+                raise ValueError(f"annotation {x['id']} is of image {image}, which is not among its images")
+            if category not in categories:
+                raise ValueError(f"annotation {x['id']} has the category {category}, which it does not name")
             left, top, width, height = map(float, x["bbox"])
             box = (left, top, left + width, top + height)
-            name = categories[x["category_id"]]
-            objects[x["image_id"]].append(_Object(name, box, crowd=bool(x.get("iscrowd", 0))))
-        entries = [
-            _Entry(file, images / x["file_name"], x["id"], int(x["height"]), int(x["width"]), objects[x["id"]])
-            for x in data["images"]
-        ]
+            objects[image].append(_Object(categories[category], box, crowd=bool(x.get("iscrowd", 0))))
+        entries = []
+        for x in data["images"]:
+            number, height, width = (int(x[key]) for key in ("id", "height", "width"))
+            _check_size(height, width)
+            entries.append(_Entry(file, images / x["file_name"], number, height, width, objects[number]))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{file} is not there; it holds the annotations of {images} in COCO's format."
         ) from None
     except KeyError as error:
         raise ValueError(f"{file} is no annotation in COCO's format: it lacks {error}.") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no annotation in COCO's format: {error}.") from error
     return entries, list(categories.values())
 

@@ -46,6 +46,7 @@ TORCHVISION = {
     "stl10": (datasets.STL10, "stl10_binary"),
 }
 HOST = torch.device("cpu")  # where images are found, decoded and dealt out, whatever torch.set_default_device says
+MOST_CLASSES = 2**24
 MIXED_SHARDS = 16  # shards that are shuffled together, so that reading keeps to a few files at a time
 
 
@@ -315,7 +316,10 @@ class Shards:
     def _kept(index: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(index) as kept:
-                return dict(kept)
+                rows = dict(kept)
+            if rows.keys() != {"state", "suffix", "names", "extents", "labels", "shard"}:
+                raise ValueError(f"it holds {sorted(rows)}")
+            return rows
         except FileNotFoundError:
             return {}
         except Exception as error:  # numpy's readers raise what they come across in a file that is broken
@@ -362,6 +366,7 @@ def shard_samples(path: Path, suffix: str | None = None) -> list[Sample]:
     try:
         with tarfile.open(path, "r:") as tar:
             extents = _extents(tar)
+            _check_end(path, tar.offset)
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise ValueError(f"{path} is no uncompressed tar file of images: {error}") from error
     groups = defaultdict(list)
@@ -411,6 +416,22 @@ def _extents(tar: tarfile.TarFile) -> dict[str, tuple[int, int]]:
     return extents
 
 
+def _check_end(path: Path, end: int) -> None:
+    """Raise ValueError unless a tar file's last header is followed by zeros, and these by nothing: it would be lost."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(tarfile.BLOCKSIZE)
+        if not rest:
+            raise ValueError(f"it ends after {end} bytes without the zeros that every tar file ends with: cut short?")
+        while rest:
+            if rest.strip(b"\0"):
+                raise ValueError(
+                    f"from byte {end} on it holds what is no file of it: a broken header, or archives that were "
+                    "joined, which `tar --ignore-zeros` unpacks"
+                )
+            rest = file.read(2**20)
+
+
 def _up_to_dot(name: str, first: bool = False) -> str:
     folder, slash, file = name.rpartition("/")
     return folder + slash + (file.partition(".")[0] if first else file.rpartition(".")[0])
@@ -426,16 +447,21 @@ def _label(path: Path, file: BinaryIO, extents: Mapping[str, tuple[int, int]], k
         content = file.read(size)
         try:
             if name.endswith(".cls"):
-                return int(content)
-            fields = json.loads(content)
-            labels = [fields[key] for key in ("label", "cls") if key in fields] if isinstance(fields, dict) else []
-            if labels:
-                return operator.index(labels[0])
-        except (TypeError, ValueError) as error:
+                label = int(content)
+            else:
+                fields = json.loads(content)
+                labels = [fields[key] for key in ("label", "cls") if key in fields] if isinstance(fields, dict) else []
+                if not labels:
+                    continue
+                label = operator.index(labels[0])
+            if not -1 <= label < MOST_CLASSES:
+                raise ValueError
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}:{name} holds {content[:80]!r}; a label is an integer, alone in a .cls file, or by the name "
-                '"label" or "cls" in a .json file.'
+                f"{path}:{name} holds {content[:80]!r}; a label is an integer below {MOST_CLASSES:,}, alone in a .cls "
+                'file, or by the name "label" or "cls" in a .json file.'
             ) from error
+        return label
     return None
 
 
@@ -503,7 +529,11 @@ def _tiny_imagenet(root: Path, split: Split) -> Found:
     if not annotations.is_file():
         _fail(root / "val", split, "val_annotations.txt beside images/")
     classes = list_folders(root / "train")
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    rows = [line.split("\t")[:2] for line in os.fsdecode(annotations.read_bytes()).splitlines()]
+    if broken := [row for row in rows if len(row) < 2 or not is_image(row[0])]:
+        raise ValueError(
+            f"{annotations} has {len(broken)} lines that do not begin with an image, a tab and a class: {broken[:3]}."
+        )
     if unknown := {name for _, name in rows} - {*classes}:
         raise ValueError(f"{annotations} names classes that {root / 'train'} lacks: {_listed(sorted(unknown))}.")
     files = Files(root, [f"val/images/{image}" for image, _ in rows])
@@ -513,10 +543,18 @@ def _tiny_imagenet(root: Path, split: Split) -> Found:
 def _torchvision(root: Path, split: Split, dataset: type[Any], unpacked: str) -> Found:
     if not (root / unpacked).is_dir():
         return _folders(root, split, f"{unpacked}/ as torchvision.datasets.{dataset.__name__} unpacks it, or {FOLDERS}")
-    if dataset is datasets.STL10:
-        part = dataset(root, {"train": "train", "unlabelled": "train+unlabeled", "val": "test"}[split])
-        return Found(Arrays(torch.from_numpy(part.data)), integer_labels(part.labels), part.classes)
-    part = dataset(root, train=split != "val")
+    stl10 = dataset is datasets.STL10
+    which = {"train": "train", "unlabelled": "train+unlabeled", "val": "test"}[split] if stl10 else split != "val"
+    try:
+        part = dataset(root, which)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{root / unpacked} is not as torchvision.datasets.{dataset.__name__} unpacks it: {error}"
+        ) from error
+    if stl10:
+        labels = integer_labels(part.labels)
+        names = getattr(part, "classes", [str(label) for label in range(10)])  # their file may be missing
+        return Found(Arrays(torch.from_numpy(part.data)), labels, names)
     return Found(Arrays(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets), part.classes)
 
 

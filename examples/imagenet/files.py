@@ -83,6 +83,8 @@ def read_image(path: Path) -> Tensor:
     except OSError as error:
         target = f" it is a link to {os.readlink(path)}" if path.is_symlink() else ""  # noqa: PTH115
         raise BadImageError(f"{path} cannot be read: {error.strerror}{target and ';' + target}") from error
+    except ValueError as error:  # no file can have that name
+        raise BadImageError(f"{path} cannot be read: {error}") from error
     return decode(encoded, str(path))
 
 
