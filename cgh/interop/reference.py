@@ -301,7 +301,8 @@ def _momenta(content: Any, state: Mapping[str, Tensor], path: str | os.PathLike[
             f"has {[len(names)]} (CIFAR) or {[len(group) for group in groups]} (ImageNet)."
         )
     by_name = zip(chain.from_iterable(groups), in_order, strict=True)
-    return check_tensors({key: x for key, x in by_name if x is not None}, f"the momentum in {path}")
+    momenta = {key: x for key, x in by_name if x is not None}
+    return check_tensors(momenta, f"the momentum in {path}") if momenta else momenta
 
 
 def _named_parameters(model: CGH) -> dict[str, nn.Parameter]:
