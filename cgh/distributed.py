@@ -7,6 +7,7 @@ So several processes see, and remember, the order that a single process would.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -123,18 +124,22 @@ def _compare(size: int) -> None:
         )
 
 
-_groups: list[tuple[Any, Any]] = []
-"""The last default process group, and the one by which its hosts compare sizes."""
+_groups: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+"""The last default process group, and the one by which its hosts compare sizes.
+
+By weak references: a group that outlives `destroy_process_group` has threads that may abort the process as it ends.
+"""
 
 
 def _hosts() -> Any:
     """The process group by which hosts talk, made at the first call; None where there is no backend for it."""
-    if not _groups or _groups[0][0] is not dist.group.WORLD:
-        group: Any = dist.group.WORLD
+    world: Any = dist.group.WORLD
+    if not _groups or _groups[0][0]() is not world:
+        group = world
         if dist.get_backend() not in ("gloo", "mpi"):
             group = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
-        _groups[:] = [(dist.group.WORLD, group)]
-    return _groups[0][1]
+        _groups[:] = [(weakref.ref(world), (lambda: None) if group is None else weakref.ref(group))]
+    return _groups[0][1]()
 
 
 # An operator of its own, so that a graph of `torch.compile` holds it as one call.

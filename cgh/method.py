@@ -41,15 +41,15 @@ class CGHOutput(NamedTuple):
     @override
     def __repr__(self) -> str:
         """Return the losses, and of the embeddings their shapes, a line each."""
-        terms = [f"  {learner} from {guide}: {float(term):.4f}" for (learner, guide), term in self.terms.items()]
+        terms = [f"  {learner} from {guide}: {term.item():.4f}" for (learner, guide), term in self.terms.items()]
         shapes = [
             f"  {who}: " + ", ".join(f"{name} {tuple(z.shape)}" for name, z in contexts.items())
             for who, contexts in (("student", self.student), ("teacher", self.teacher))
         ]
         infonce, relation = (float(weight) for weight in self.weights)
         lines = [
-            f"CGHOutput: loss {float(self.loss):.4f}",
-            f"  InfoNCE: {float(self.infonce):.4f}, weight {infonce:.4g}; each relation below: weight {relation:.4g}",
+            f"CGHOutput: loss {self.loss.item():.4f}",
+            f"  InfoNCE: {self.infonce.item():.4f}, weight {infonce:.4g}; each relation below: weight {relation:.4g}",
             *terms,
             *shapes,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def test_collectives(world_size: int, tmp_path: Path) -> None:
         for permutation, sent in zip(permutations, result["sent"], strict=True):
             home, destination = permutation % world_size, torch.arange(count) % world_size
             assert sent == int(((home == rank) & (destination != rank)).sum()) <= LOCAL
+
+
+def test_a_process_group_ends_when_it_is_destroyed(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    world = weakref.ref(dist.group.WORLD)
+    assert distributed._hosts() is world()
+    dist.destroy_process_group()
+    assert world() is None
