@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -185,20 +186,28 @@ class HypercolumnExtractor(nn.Module):
                 channels of its first convolution.
 
         Raises:
-            ValueError: the backbone cannot run on such an image.
+            ValueError: the backbone cannot run on such an image, or its output is that of a classifier inside.
         """
         if image_shape is None:
             first = next((m for m in self.backbone.modules() if isinstance(m, nn.Conv2d)), None)
             image_shape = (first.in_channels if first else 3, 224, 224)
         like = next(self.backbone.parameters(), torch.empty(()))
         try:
-            with evaluating(self):
+            with evaluating(self), _inner_logits(self.backbone) as logits:
                 features = self(like.new_zeros((1, *image_shape)))
         except (AssertionError, RuntimeError) as error:  # timm and torchvision assert the size that they were made for
             raise ValueError(
                 f"the backbone ({type(self.backbone).__name__}) failed on a {tuple(image_shape)} image: {error}. "
                 "Pass image_shape=(channels, height, width) of your images."
             ) from error
+        for name, output in logits.items():
+            if output is features.pooled:
+                inner = type(self.backbone.get_submodule(name)).__name__
+                raise ValueError(
+                    f"the backbone ({type(unwrap(self.backbone)).__name__}) gives what {name!r} in it gives, a {inner} "
+                    "with its classifier on; take that off: "
+                    f"cgh.hypercolumn.remove_classifier(backbone.get_submodule({name!r}))."
+                )
         return Widths(features.pooled.shape[1], {name: x.shape[1] for name, x in features.hypercolumns.items()})
 
     def _layer(self, name: str) -> nn.Module:
@@ -279,6 +288,9 @@ def pooled_output(output: object, images: int, model: nn.Module) -> Tensor:
     return pooled
 
 
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")  # in torchvision's models
+
+
 def remove_classifier(backbone: nn.Module) -> None:
     """Take the classifier off a torchvision or timm model, in place, so that it gives its pooled feature.
 
@@ -312,22 +324,51 @@ def remove_classifier(backbone: nn.Module) -> None:
             if hasattr(backbone, name):
                 setattr(backbone, name, None)
                 backbone.aux_logits = False  # type: ignore[assignment]  # a plain attribute
-        for name in ("fc", "classifier", "head", "heads"):
+        for name in _CLASSIFIERS:
             classifier = getattr(backbone, name, None)
-            if isinstance(classifier, nn.Linear):
-                setattr(backbone, name, nn.Identity().train(classifier.training))
-            elif isinstance(classifier, nn.Sequential):
+            if isinstance(classifier, nn.Module):
                 setattr(backbone, name, _without_classes(classifier))
 
 
-def _without_classes(classifier: nn.Sequential) -> nn.Sequential:
+def has_classifier(model: nn.Module) -> bool:
+    """Return whether a torchvision or timm model has the classifier on that `remove_classifier` takes off."""
+    if "timm" in _packages(model):
+        return bool(getattr(model, "num_classes", 0))
+    parts = [getattr(model, name, None) for name in _CLASSIFIERS]
+    return any(isinstance(part, nn.Module) and _without_classes(part) is not part for part in parts)
+
+
+@contextmanager
+def _inner_logits(backbone: nn.Module) -> Iterator[dict[str, object]]:
+    """Collect what models inside a backbone give, by their names, that have their classifiers on."""
+    logits: dict[str, object] = {}
+
+    def collect(name: str) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, images, output: logits.update({name: output})
+
+    hooks = [
+        module.register_forward_hook(collect(name))
+        for name, module in backbone.named_modules()
+        if is_whole_model(module) and has_classifier(module)
+    ]
+    try:
+        yield logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _without_classes(classifier: nn.Module) -> nn.Module:
     """What comes before the first linear layer and its dropout; SqueezeNet's is a convolution, and pooled after it."""
-    linear = any(isinstance(m, nn.Linear) for m in classifier)
-    pooled = not linear and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in classifier)
-    if not linear and not pooled:
+    if isinstance(classifier, nn.Linear):
+        return nn.Identity().train(classifier.training)
+    if not isinstance(classifier, nn.Sequential):
         return classifier
+    linear = any(isinstance(m, nn.Linear) for m in classifier)
     first = (nn.Linear, nn.Dropout) if linear else (nn.Conv2d, nn.Dropout)
-    start = next(i for i, m in enumerate(classifier) if isinstance(m, first))
+    start = next((i for i, m in enumerate(classifier) if isinstance(m, first)), None)
+    if start is None or not (linear or any(isinstance(m, nn.AdaptiveAvgPool2d) for m in classifier)):
+        return classifier
     kept = nn.Sequential(*classifier[:start], *(m for m in classifier[start:] if isinstance(m, nn.AdaptiveAvgPool2d)))
     kept.training = classifier.training
     return kept

@@ -12,6 +12,9 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and at the end each of its modules back into its own, as frozen norms have one.
 
+    Raises:
+        TypeError: the model is no module, so that its mode is not known.
+
     Example:
         >>> import torch
         >>> from cgh.modes import evaluating
@@ -21,6 +24,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> inside, [m.training for m in model]
         (False, [False, True])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model is a {type(model).__name__}; pass an nn.Module, such as model.student.extractor in place of a "
+            "function of it."
+        )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

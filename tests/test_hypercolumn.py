@@ -207,6 +207,38 @@ def test_a_subclass_of_a_torchvision_model_counts_as_one() -> None:
     assert isinstance(backbone.fc, nn.Identity)
 
 
+class Wrapped(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "width"),
+    [("resnet18", "layer4", 512), ("squeezenet1_1", "features", 512), ("mobilenet_v3_small", "features", 576)],
+)
+def test_a_classifier_inside_a_module_of_ones_own_is_no_feature(name: str, layer: str, width: int) -> None:
+    network = torchvision.models.get_model(name)
+    extractor = cgh.HypercolumnExtractor(Wrapped(network), [f"network.{layer}"])
+    with pytest.raises(ValueError, match=r"gives what 'network' in it gives, a \w+ with its classifier on"):
+        extractor.widths((3, 64, 64))
+    for _ in range(2):  # there is nothing left to take off the second time
+        remove_classifier(network)
+        assert extractor.widths((3, 64, 64)).pooled == width
+
+
+def test_a_classifier_that_is_not_run_is_no_matter() -> None:
+    class Maps(Wrapped):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network.layer1(self.network.bn1(self.network.conv1(images))).mean((2, 3))
+
+    extractor = cgh.HypercolumnExtractor(Maps(torchvision.models.resnet18()), ["network.layer1"])
+    assert extractor.widths((3, 64, 64)).pooled == 64
+
+
 def test_timm_classifiers_are_taken_off(images: Tensor) -> None:
     f = cgh.HypercolumnExtractor(timm.create_model("resnet18"), ["layer3", "layer4"])(images)
     assert (f.pooled.shape, f.hypercolumn.shape) == ((2, 512), (2, 768, 2, 2))

@@ -68,3 +68,9 @@ def test_a_compiled_model_gets_its_modes_back() -> None:
     with evaluating(torch.compile(net, backend="eager")):
         assert not net[0].training
     assert [m.training for m in net.modules()] == [True, True, False]
+
+
+def test_a_function_has_no_mode() -> None:
+    extractor = cgh.HypercolumnExtractor(small_backbone(), ["layer4"])
+    with pytest.raises(TypeError, match=r"the model is a method; pass an nn.Module, such as model.student.extractor"):
+        cgh.evaluate.extract_features(extractor.pooled, DATA)  # type: ignore[arg-type]  # what is tested
