@@ -175,11 +175,12 @@ class Learner(nn.Module):
         self.memory.enqueue(teacher)
 
     def optimizer(self, weight_decay: float) -> torch.optim.SGD:
-        """SGD with momentum 0.9; norms and biases do not decay."""
-        parameters = list(self.student.parameters())
+        """SGD with momentum 0.9; the weights of linear layers and convolutions decay, and nothing else."""
+        named = list(self.student.named_parameters())
+        decays = {name: p.ndim > 1 and name.endswith("weight") for name, p in named}
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
         ]
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 

@@ -7,7 +7,7 @@ python examples/study/study.py table                                      # tabl
 
 `run` trains every method with every seed, evaluates it and goes on where it was stopped: `--minutes 8` fits it into
 stretches of ten minutes. On a GPU it computes in bfloat16, compiled, a step being one
-CUDA graph; on a CPU choose a small `--width` and `--size`.
+CUDA graph; on a CPU choose a small `--width` and `--size`. `--arch` takes any backbone of torchvision or timm.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ HELD_OUT = 10  # one training image of so many is what a search judges by, and n
 PROBE_EPOCHS = 100
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 BUDGET = ("epochs", "images", "size", "width", "batch", "settings")  # what runs of one table have in common
+LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
 COSTS = ("images/s", "peak memory, MiB", "minutes")
 console = Console()
 
@@ -65,8 +66,12 @@ class Budget:
     """Training images, drawn once for all runs; all by default."""
     size: int = 32
     """Side in pixels; the images are scaled down to it once."""
+    arch: str = "resnet18"
+    """torchvision's name of a backbone, or timm's after "timm/"; "resnet18" is the study's own for small images."""
+    small_images: bool = False
+    """Of another ResNet: a 3x3 stem of stride 1, and no max pool."""
     width: int = 64
-    """Channels of ResNet-18's first stage."""
+    """Channels of resnet18's first stage."""
     dim: int = 128
     """Of the embeddings."""
     weight_decay: float = 5e-4
@@ -185,6 +190,8 @@ def run(config: Run) -> None:
 def record(config: Run, images: int, name: str, seed: int, folder: Path) -> None:
     """Add a run's evaluations to the results, unless they are there."""
     settings = str(config.searched or _difference(config.settings))
+    if config.arch != Budget.arch:
+        settings = f"{config.arch}: {settings}"
     budget = (config.epochs, images, config.size, config.width, config.batch, settings)
     key = {"method": name, "seed": seed, **dict(zip(BUDGET, budget, strict=True))}
     there = {(row["method"], row["seed"], *(row[column] for column in BUDGET)) for row in read_rows(config.results)}
@@ -270,6 +277,15 @@ class Study:
                 f"--width {budget.width} on a CPU: with fewer than 8 channels, channels last, PyTorch's gradients are "
                 "wrong on some processors (1x1 convolutions of stride 2, without AVX-512). Take 8 or more."
             )
+        if len(train.labels) < max(NEIGHBOURS):
+            raise ValueError(
+                f"{len(train.labels)} training images have not the {max(NEIGHBOURS)} neighbours that judge a run; take "
+                "more."
+            )
+        if budget.arch == Budget.arch and budget.small_images:
+            raise ValueError("--small-images is of other ResNets: resnet18 here is made for small images as it is.")
+        if budget.arch != Budget.arch and budget.width != Budget.width:
+            raise ValueError(f"--width {budget.width} is of resnet18, but --arch is {budget.arch}; leave it out.")
         self.steps_per_epoch = len(train.labels) // budget.batch
         self.crops = views.BatchCrops(budget.size, budget.crop)
         layout = {"memory_format": torch.channels_last}
@@ -288,6 +304,8 @@ class Study:
         common = {
             f.name: getattr(self.budget, f.name) for f in fields(Budget) if f.name not in ("out", "minutes", "graph")
         }
+        if settings.layers == Settings.layers and self.budget.arch != Budget.arch:
+            settings = replace(settings, layers=cgh.interop.default_layers(self._backbone()))
         config = {"method": name, "seed": seed, **asdict(settings), **common}
         _check_config(folder, json.loads(json.dumps(config, default=str)))
         path = folder / "result.json"
@@ -318,8 +336,7 @@ class Study:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(seed)
-        image_shape = (3, budget.size, budget.size)
-        learner = Learner(method, settings, steps, resnet18(budget.width), image_shape, budget.dim, seed)
+        learner = self._learner(method, settings, steps, seed)
         learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = learner.optimizer(budget.weight_decay)
         peak = settings.learning_rate * budget.batch / 256
@@ -361,6 +378,22 @@ class Study:
                     raise OutOfTimeError
         writer.wait()
         return learner, log
+
+    def _backbone(self) -> nn.Module:
+        budget = self.budget
+        if budget.arch == Budget.arch:
+            return resnet18(budget.width)
+        return cgh.interop.build_backbone(budget.arch, budget.small_images, budget.size)
+
+    def _learner(self, method: Method, settings: Settings, steps: int, seed: int) -> Learner:
+        budget, backbone = self.budget, self._backbone()
+        try:
+            return Learner(method, settings, steps, backbone, (3, budget.size, budget.size), budget.dim, seed)
+        except ValueError as error:
+            if "layer" not in str(error):
+                raise
+            table = cgh.list_layers(backbone, budget.size, depth=LISTED_DEPTH)
+            raise ValueError(f"{budget.arch}, {method.title}: {error}\n{table}") from error
 
     def _train_step(self, learner: Learner, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
         """What trains by one batch and returns its loss: on a GPU a CUDA graph, one for the warm-up and one after it.
@@ -602,11 +635,11 @@ def _check_methods(names: Sequence[str], known: Sequence[str] | Mapping[str, Met
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration, or compare it with that of the run that is there."""
+    """Write the configuration, or compare it with that of the run that is there, whose options may be fewer."""
     path = folder / "config.json"
     if not path.exists():
         write(path, json.dumps(config, indent=2))
-    there = json.loads(path.read_text())
+    there = {f.name: f.default for f in fields(Budget)} | json.loads(path.read_text())
     for key, value in config.items():
         if there.get(key) != value:
             raise ValueError(

@@ -189,6 +189,61 @@ def test_stopping_and_going_on_gives_the_bits_of_never_stopping(study: ModuleTyp
         )
 
 
+@pytest.mark.parametrize(
+    ("arch", "layers"),
+    [
+        ("timm/vit_tiny_patch16_224", ["blocks.7", "blocks.11"]),
+        ("timm/convnext_atto", ["stages.2", "stages.3"]),
+        ("shufflenet_v2_x0_5", ["stage3", "conv5"]),
+    ],
+)
+def test_any_backbone_is_studied(study: ModuleType, tmp_path: Path, arch: str, layers: list[str]) -> None:
+    root = make_images(tmp_path / "images", "train", "test")
+    given = options(study, root, tmp_path / "out", epochs=1, arch=arch, size=32, methods=("across",), seeds=(0,))
+    config = study.Run(results=tmp_path / "results.csv", **given | {"width": 64})
+    study.main(config)
+    assert json.loads((tmp_path / "out/runs/across-0/config.json").read_text())["layers"] == layers
+    row = study.read_rows(tmp_path / "results.csv")[-1]
+    assert row["settings"].startswith(f"{arch}: hidden 16")
+    assert float(row["20 neighbours"]) >= 0
+    study.main(config)
+    assert len(study.read_rows(tmp_path / "results.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "resnet19"}, r"arch is 'resnet19'.*close names: resnet18"),
+        ({"arch": "shufflenet_v2_x0_5", "methods": ("three",)}, r"(?s)no layer 'layer1'.*stage3"),
+        ({"arch": "shufflenet_v2_x0_5", "width": 32}, r"--width 32 is of resnet18, but --arch is shufflenet_v2_x0_5"),
+        ({"images": 192}, r"192 training images have not the 200 neighbours"),
+        ({"small_images": True}, r"--small-images is of other ResNets"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_told(
+    study: ModuleType, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    root = make_images(tmp_path / "images", "train", "test")
+    given = {"epochs": 1, "methods": ("across",), "seeds": (0,), "width": 64, "size": 32, **changes}
+    with pytest.raises(ValueError, match=message):
+        study.main(study.Run(results=tmp_path / "results.csv", **options(study, root, tmp_path / "out", **given)))
+
+
+def test_a_run_that_was_started_with_fewer_options_goes_on(study: ModuleType, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "images", "train", "test")
+    config = study.Run(
+        results=tmp_path / "results.csv",
+        **options(study, root, tmp_path / "out", epochs=2, methods=("ressl",), seeds=(0,), minutes=0.0),
+    )
+    study.main(config)
+    path = tmp_path / "out/runs/ressl-0/config.json"
+    there = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in there.items() if key not in ("arch", "small_images")}))
+    study.main(config)
+    study.main(config)
+    assert [row["epoch"] for row in study.read_rows(tmp_path / "results.csv")] == ["2"]
+
+
 def test_a_search_needs_no_test_images(study: ModuleType, tmp_path: Path) -> None:
     root = make_images(tmp_path / "images", "train")
     search = study.Search(
