@@ -226,6 +226,105 @@ def neighbours(
     return figure
 
 
+def detections(
+    image: Tensor,
+    found: tuple[Tensor, Tensor, Tensor],
+    truth: tuple[Tensor, Tensor] | None = None,
+    classes: Sequence[str] | None = None,
+    least: float = 0.5,
+    *,
+    ax: AxesLike | None = None,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Return an image with what a detector found: frames in the colours of a legend, each with its class and score.
+
+    The ground truth is drawn below, as broad white frames edged in the colour of their class. Of words that would lie
+    on one another, that of the lower score moves down.
+
+    Args:
+        image: `(1 or 3, H, W)`, floating point in [0, 1] or uint8.
+        found: boxes `(n, 4)` as left, top, right and bottom in pixels of the image, labels `(n,)` from 0, and scores
+            `(n,)` in [0, 1].
+        truth: boxes and labels of what is there, likewise.
+        classes: names of the classes; by default their numbers.
+        least: the lowest score that is drawn.
+        ax: axes to draw on.
+        size: of the figure, in inches.
+
+    Raises:
+        ValueError: an image of another shape or range, boxes that are not `(n, 4)`, labels or scores that are not one
+            a box, or a label without a name.
+
+    Example:
+        >>> import torch
+        >>> from cgh import plot
+        >>> boxes, labels, scores = torch.tensor([[4.0, 6.0, 30.0, 24.0]]), torch.tensor([1]), torch.tensor([0.93])
+        >>> figure = plot.detections(torch.rand(3, 32, 48), (boxes, labels, scores), classes=["cat", "dog"])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['dog 0.93']
+    """
+    (picture,) = _pictures(image[None], "images")
+    boxes, labels, scores = (x.detach().cpu() for x in found)
+    there, theirs = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)) if truth is None else truth
+    shapes = [tuple(x.shape) for x in (boxes, labels, scores, there, theirs)]
+    n, m = len(boxes), len(there)
+    if shapes != [(n, 4), (n,), (n,), (m, 4), (m,)]:
+        raise ValueError(
+            f"boxes, labels and scores have shapes {shapes[:3]} and the truth has {shapes[3:]}; they are (n, 4), one "
+            "label a box, and one score a box that was found."
+        )
+    order = scores.argsort(descending=True, stable=True)
+    order = order[scores[order] >= least]
+    seen = [*zip(boxes[order].tolist(), labels[order].tolist(), scores[order].tolist(), strict=True)]
+    known = [*zip(there.tolist(), theirs.tolist(), strict=True)]
+    present = sorted({label for _, label, *_ in [*seen, *known]})
+    names = {label: _name(label, classes) for label in present}
+    entries = [*names.values()] + ["ground truth"] * bool(known)
+    broad = 0.6 + 9 * CHARACTER * min(40, max(map(len, entries), default=0)) if entries else 0
+    height, width = image.shape[-2:]
+    scale = 6.4 / max(height, width)  # inches a pixel
+    figure, (axes,) = _figure(1, 1, scale * width + broad, max(scale * height, 9 * LINE * 1.4 * len(entries)), ax, size)
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    rectangle = require("matplotlib.patches", extra="plot").Rectangle
+    stroke = require("matplotlib.patheffects", extra="plot").withStroke
+    white: dict[str, Any] = {
+        "edgecolor": "white",
+        "linewidth": 4.0,
+        "path_effects": [stroke(linewidth=5, foreground=QUIET)],
+    }
+    style: dict[int, dict[str, Any]] = {
+        label: {"edgecolor": COLOURS[label % len(COLOURS)], "linestyle": _dashes(label)} for label in present
+    }
+
+    def frame(box: Sequence[float], **options: Any) -> Any:
+        (left, top, right, bottom) = box
+        return axes.add_patch(rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, **options))
+
+    for box, label in known:
+        frame(box, **white)
+        frame(box, linewidth=1.2, **style[label])
+    words: list[Any] = []
+    word: dict[str, Any] = {"xytext": (3, -3), "textcoords": "offset points", "va": "top", "fontsize": 8}
+    for box, label, score in seen:
+        frame(box, linewidth=2.0, **style[label])
+        paint: dict[str, Any] = {
+            "color": COLOURS[label % len(COLOURS)],
+            "path_effects": [stroke(linewidth=2.5, foreground="white")],
+        }
+        words.append(axes.annotate(f"{_short(names[label])} {score:.2f}", box[:2], **word, **paint))
+        words[-1].set_in_layout(False)
+    legend = {name: rectangle((0, 0), 1, 1, fill=False, linewidth=2.0, **style[c]) for c, name in names.items()}
+    if known:
+        legend["ground truth"] = rectangle((0, 0), 1, 1, fill=False, **white)
+    if legend and ax is None:
+        _legend(figure, legend, 4.0, ncols=1, loc="outside right upper")
+    elif legend:
+        _legend(axes, legend, 4.0, ncols=1, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _part(axes, words)
+    return figure
+
+
 def relation_matrix(
     relations: Mapping[str, Tensor],
     row_labels: Sequence[int] | Tensor | None = None,
@@ -618,6 +717,29 @@ def _write(axes: Axes, names: Sequence[str], colours: Sequence[str], places: Ten
     for name, colour, (x, y) in zip(names, colours, places.tolist(), strict=True):
         text = axes.text(x, y, name, color=colour, fontsize=12, weight="bold", ha="center", va="center")
         text.set_path_effects([stroke])
+
+
+def _part(axes: Axes, words: Sequence[Any]) -> None:
+    """Move words into the axes, and down past those before them, or up where there is no room below."""
+    figure: Figure = axes.figure.figure
+    figure.draw_without_rendering()  # lays out how large the words are
+    room, points = axes.get_window_extent(), 72 / figure.dpi
+    taken: list[tuple[float, float, float, float]] = []
+    for word in words:
+        box = word.get_window_extent()
+        left = max(room.x0, min(box.x0, room.x1 - box.width))
+        top = max(room.y0 + box.height, min(box.y1, room.y1))
+
+        def free(y: float, left: float = left, box: Any = box) -> bool:
+            right, low = left + box.width, y - box.height
+            return not any(left < r and x < right and low < t and b < y for x, b, r, t in taken)
+
+        below = sorted((b for _, b, _, _ in taken if room.y0 <= b - box.height and b < top), reverse=True)
+        above = sorted(t + box.height for *_, t in taken if t + box.height <= room.y1)
+        top = next((y for y in [top, *below, *above] if free(y)), top)
+        taken.append((left, top - box.height, left + box.width, top))
+        x, y = word.get_position()
+        word.set_position((x + points * (left - box.x0), y + points * (top - box.y1)))
 
 
 def _draw(axes: Axes, picture: Any, x: float, y: float, frame: str) -> None:

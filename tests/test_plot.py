@@ -155,6 +155,18 @@ def relations() -> dict[str, Tensor]:
     return {"global": rows / rows.sum(dim=1, keepdim=True)}
 
 
+def detections(**changes: Any) -> Figure:
+    """Six boxes nearly in one place at the lower right, two of which score too little."""
+    shift = torch.arange(6.0)[:, None]
+    arguments: dict[str, Any] = {
+        "image": torch.full((3, 60, 80), 0.5),
+        "found": (torch.tensor([[50.0, 45, 70, 50]]) + shift, TWENTY[:6], 0.4 + 0.1 * torch.arange(6) - 0.05),
+        "truth": (torch.tensor([[5.0, 10, 20, 30]]), torch.tensor([19])),
+        "classes": NAMES,
+    }
+    return plot.detections(**(arguments | changes))
+
+
 CROWDED: dict[str, Callable[[], Figure]] = {
     "six runs": lambda: plot.curves(
         {f"runs/resnet50-batch{n}-warmup{n}": {q: ([0, 1], [1.0, 0.5]) for q in NAMES[:4]} for n in range(6)}
@@ -173,6 +185,7 @@ CROWDED: dict[str, Callable[[], Figure]] = {
     "relations of thin classes": lambda: plot.relation_matrix(
         relations(), [0] * 81 + list(range(1, 20)), TWENTY[100:], classes=NAMES, size=(4, 3)
     ),
+    "detections": detections,
     "a map": lambda: plot.embedding({"before": torch.randn(400, 4)}, TWENTY, classes=NAMES),
     "a map of numbers": lambda: plot.embedding({"before": torch.randn(400, 4)}, TWENTY),
 }
@@ -192,6 +205,26 @@ def test_no_word_lies_on_another_or_leaves_the_figure(name: str) -> None:
     width = torch.minimum(rows[:, None, 2], rows[None, :, 2]) - torch.maximum(rows[:, None, 0], rows[None, :, 0])
     height = torch.minimum(rows[:, None, 3], rows[None, :, 3]) - torch.maximum(rows[:, None, 1], rows[None, :, 1])
     assert not ((width > 0) & (height > 0)).fill_diagonal_(False).any()
+
+
+def test_detections_have_frames_in_the_colours_of_a_legend() -> None:
+    boxes, labels = torch.tensor([[2.0, 3, 12, 23], [30.0, 10, 50, 20], [5.0, 5, 9, 9]]), torch.tensor([2, 0, 1])
+    found, truth = (boxes, labels, torch.tensor([0.7, 0.914, 0.3])), (boxes[:1], labels[:1])
+    figure = detections(found=found, truth=truth, classes=["ant", "bee", "cat"])
+    pixels(figure)
+    (axes,) = figure.axes
+    frames = [(*frame.get_xy(), frame.get_width(), frame.get_height()) for frame in axes.patches]
+    assert frames == [(1.5, 2.5, 10, 20), (1.5, 2.5, 10, 20), (29.5, 9.5, 20, 10), (1.5, 2.5, 10, 20)]
+    colours = [to_hex(frame.get_edgecolor()) for frame in axes.patches]
+    assert colours == ["#ffffff", plot.COLOURS[2], plot.COLOURS[0], plot.COLOURS[2]]
+    assert [text.get_text() for text in axes.texts] == ["ant 0.91", "cat 0.70"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ant", "cat", "ground truth"]
+    assert [to_hex(patch.get_edgecolor()) for patch in legend.get_patches()] == [
+        *(plot.COLOURS[i] for i in (0, 2)),
+        "#ffffff",
+    ]
+    assert not detections(found=tuple(x[:0] for x in found), truth=None).legends
 
 
 def test_groups_of_a_run_and_their_levels() -> None:
@@ -269,6 +302,9 @@ def bad(*shape: int, value: float = 0.5) -> Tensor:
         (lambda: plot.hypercolumns(GREY, {"deep": torch.rand(5, 4, 2, 2)}), "for 6 images"),
         (lambda: plot.principal_colours(torch.rand(5, 2, 2, 2)), r"shape \(5, 2, 2, 2\)"),
         (lambda: plot.principal_colours(bad(5, 4, 2, 2, value=float("nan"))), "not finite"),
+        (lambda: detections(truth=(torch.zeros(2, 4), TWENTY[:1])), r"the truth has \[\(2, 4\), \(1,\)\]"),
+        (lambda: detections(classes=NAMES[:3]), "classes has 3 names"),
+        (lambda: detections(image=torch.zeros(60, 80)), r"shape \(1, 60, 80\)"),
         (lambda: plot.embedding({"model": torch.rand(4, 3)}, [0, 1, 0, 1]), "five images or more"),
     ],
 )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import detectors
-import pictures
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2 as T
@@ -30,6 +29,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN
 
 import cgh
+from cgh import plot
 from cgh.distributed import rank_and_world_size
 
 sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose runs are kept and logged in the same way
@@ -230,20 +230,12 @@ def evaluate(model: FasterRCNN, test: Annotations, device: torch.device, workers
 @torch.no_grad()
 def draw(model: FasterRCNN, test: Annotations, device: torch.device, folder: Path, count: int) -> None:
     """Write pictures of the first `count` images, with what was found over what is there."""
-    folder.mkdir(exist_ok=True)
     model.eval()
     for truth, (image, _) in zip(test.records[:count], Detections(test), strict=False):
         found = detect(model, image, device)
-        picture = pictures.draw(
-            image.as_subclass(Tensor),
-            truth.boxes,
-            truth.labels,
-            found["boxes"],
-            found["labels"] - 1,
-            found["scores"],
-            test.classes,
-        )
-        T.functional.to_pil_image(picture).save(folder / f"{truth.image.stem}.png")
+        seen = (found["boxes"], found["labels"] - 1, found["scores"])
+        picture = plot.detections(image.as_subclass(Tensor), seen, (truth.boxes, truth.labels), test.classes)
+        plot.save(picture, folder / f"{truth.image.stem}.png")
 
 
 def finetune(config: Config) -> dict[str, float]:

@@ -24,10 +24,9 @@ from typing import Any, Literal
 import torch
 import tyro
 from datasets import Annotations, read, read_image
-from pictures import draw
 from torch import nn
-from torchvision.transforms.v2.functional import to_pil_image
 
+from cgh import plot
 from cgh.interop.matching import check_match
 
 sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose scripts end in the same way
@@ -295,7 +294,6 @@ def write_voc(annotations: Annotations, root: Path) -> None:
 def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
     """Draw the predictions over the ground truth for the first images of the first test set."""
     folder = Path(cfg.OUTPUT_DIR, "pictures")
-    folder.mkdir(exist_ok=True)
     name = cfg.DATASETS.TEST[0]
     classes = MetadataCatalog.get(name).thing_classes
     records = DatasetCatalog.get(name)
@@ -303,16 +301,14 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
     for record, inputs in itertools.islice(zip(records, Trainer.build_test_loader(cfg, name), strict=False), count):
         found = model(inputs)[0]["instances"].to("cpu")
         truth = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in record["annotations"]]
-        picture = draw(
+        labels = torch.tensor([x["category_id"] for x in record["annotations"]], dtype=torch.int64)
+        picture = plot.detections(
             read_image(Path(record["file_name"])),
-            torch.tensor(truth).reshape(-1, 4),
-            torch.tensor([x["category_id"] for x in record["annotations"]], dtype=torch.int64),
-            found.pred_boxes.tensor,
-            found.pred_classes,
-            found.scores,
+            (found.pred_boxes.tensor, found.pred_classes, found.scores),
+            (torch.tensor(truth).reshape(-1, 4), labels),
             classes,
         )
-        to_pil_image(picture).save(folder / f"{Path(record['file_name']).stem}.png")
+        plot.save(picture, folder / f"{Path(record['file_name']).stem}.png")
     logger.info("Predictions over the ground truth: %s", folder)
 
 

@@ -220,24 +220,6 @@ def test_bad_options(
         finetune.finetune(finetune.Config(**small(tmp_path, **options)))
 
 
-def test_pictures_show_what_was_found_over_what_is_there(finetune: ModuleType) -> None:
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    truth = torch.tensor([[0.0, 0.0, 20.0, 20.0]])
-    found = torch.tensor([[32.0, 32.0, 60.0, 60.0], [2.0, 40.0, 20.0, 60.0]])
-
-    def draw(scores: list[float]) -> Tensor:
-        labels = torch.tensor([1, 0])
-        picture: Tensor = finetune.pictures.draw(
-            image, truth, torch.tensor([0]), found, labels, torch.tensor(scores), ["blue", "red"]
-        )
-        return picture
-
-    assert draw([0.9, 0.9]).shape == (3, 640, 640)
-    assert torch.equal(draw([0.9, 0.3]), draw([0.9, 0.1]))
-    assert (draw([0.1, 0.1])[:, 210:, :] == 0).all()
-    assert (draw([0.1, 0.1])[:, 198, 100] == 255).all()
-
-
 @pytest.mark.slow
 def test_it_learns_to_detect(finetune: ModuleType, tmp_path: Path, weights: Path) -> None:
     run = tmp_path / "run"
