@@ -1,10 +1,12 @@
 """Configuration of the site: `nox -s docs`."""
 
 from itertools import groupby
+from pathlib import Path, PurePosixPath
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.writers.html5 import HTML5Translator
 
 import cgh
@@ -94,7 +96,36 @@ def tables(app: Sphinx, what: str, name: str, thing: object, options: object, li
         lines.append("")
 
 
+VARIANTS = ("", "-dark", "-narrow", "-narrow-dark")
+
+
+class Variants(SphinxTransform):
+    """Put the dark and the narrow variants of a picture beside it, where `NAME-dark.svg` and the like exist.
+
+    The style sheet shows one of them. A picture without a narrow variant scrolls where the page is narrow.
+    """
+
+    default_priority = 210
+
+    def apply(self, **options: object) -> None:
+        folder = Path(self.env.doc2path(self.env.docname)).parent
+        for image in list(self.document.findall(nodes.image)):
+            picture = PurePosixPath(image["uri"])
+            variants = {end: picture.with_stem(picture.stem + end) for end in VARIANTS}
+            ends = [end for end, variant in variants.items() if (folder / variant).exists()]
+            frame = nodes.container(classes=["drawing" if "-narrow" in ends else "picture"])
+            for end in ends:
+                frame += image.deepcopy()
+                frame[-1]["uri"] = str(variants[end])
+                if "-dark" in ends:
+                    frame[-1]["classes"].append("only-dark" if "dark" in end else "only-light")
+                if "-narrow" in ends:
+                    frame[-1]["classes"].append("narrow" if "narrow" in end else "wide")
+            image.replace_self(frame)
+
+
 def setup(app: Sphinx) -> None:
-    """Make the renderer of equations and the tables known."""
+    """Make the renderer of equations, the tables and the variants of pictures known."""
+    app.add_transform(Variants)
     app.connect("autodoc-process-docstring", tables)
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))

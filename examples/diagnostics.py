@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import quickstart
 import torch
@@ -34,6 +35,8 @@ class Config:
     """Passes over the training images, for each run."""
     out: Path = Path("runs/diagnostics")
     """Where the pictures go."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
 
 
 def look(model: cgh.CGH, output: cgh.CGHOutput) -> dict[str, float]:
@@ -93,10 +96,10 @@ def main(config: Config) -> None:
         curves = train(model, config.epochs)
         rows = len(model.memory["global"])
         levels = {"entropy": {f"log {rows}": math.log(rows)}}
-        plot.save(plot.groups(curves, levels=levels, size=(10.4, 7)), config.out / f"{name}.png")
+        plot.save(plot.groups(curves, levels=levels, size=(10.4, 7)), config.out / f"{name}.{config.format}")
         last = {quantity: sum(values[-LAST:]) / len(values[-LAST:]) for quantity, (_, values) in curves.items()}
         print(f"{name}: " + ", ".join(f"{quantity} {value:.2f}" for quantity, value in last.items()))
-    print(f"healthy.png and collapse.png are in {config.out}")
+    print(f"the pictures healthy and collapse are in {config.out}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import quickstart
 import torch
@@ -26,6 +27,8 @@ class Config:
     """Of a quickstart of the same seed."""
     out: Path = Path("runs/gallery")
     """Where the pictures go."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
 
 
 @torch.no_grad()
@@ -44,10 +47,10 @@ def main(config: Config) -> None:
         relations |= {f"{name}, {state} training": relation(z[name], bank[name]) for name in z}
         shallow = cgh.HypercolumnExtractor(model.student.extractor.backbone, ["layer1", "layer2"])
         maps[f"{state} training"] = shallow(images[test][:10]).hypercolumn
-    figure = plot.relation_matrix(relations, labels[test], labels[train])
-    plot.save(figure, config.out / "relations.png")
-    plot.save(plot.hypercolumns(images[test][:10], maps), config.out / "hypercolumns.png")
-    print(f"relations.png and hypercolumns.png are in {config.out}")
+    figure = plot.relation_matrix(relations, labels[test], labels[train], size=(11, 3.3))
+    plot.save(figure, config.out / f"relations.{config.format}")
+    plot.save(plot.hypercolumns(images[test][:10], maps), config.out / f"hypercolumns.{config.format}")
+    print(f"the pictures relations and hypercolumns are in {config.out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import kornia.augmentation as K
 import torch
@@ -62,6 +62,8 @@ class Config:
     """Judge by 300 of the training images, which are then not trained on; the test images stay untouched."""
     out: Path = Path("runs/quickstart")
     """Where the checkpoint and the pictures go."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
 
 
 class Digits(NamedTuple):
@@ -185,16 +187,19 @@ def main(config: Config, others: Mapping[str, cgh.CGH] | None = None) -> None:
     console.print(table)
 
     cgh.checkpoint.save(models["CGH"].state_dict(), config.out / "checkpoint.pt")
-    plot.save(plot.curves(curves, window=STEPS), config.out / "curves.png")
+    plot.save(plot.curves(curves, window=STEPS), config.out / f"curves.{config.format}")
     train, test = slice(data.train), slice(data.train, None)
     before, after = features["untrained network"], features["CGH"]
     shown = data.train + typical(before, data)
     pairs = {"before training": (before[shown], before[train]), "after training": (after[shown], after[train])}
     labels = data.labels[shown], data.labels[train]
-    plot.save(plot.neighbours(data.images[shown], data.images[train], pairs, labels), config.out / "neighbours.png")
+    plot.save(
+        plot.neighbours(data.images[shown], data.images[train], pairs, labels),
+        config.out / f"neighbours.{config.format}",
+    )
     maps = {"before training": before[test], "after training": after[test]}
-    plot.save(plot.embedding(maps, data.labels[test]), config.out / "map.png")
-    console.print(f"checkpoint.pt, curves.png, neighbours.png and map.png are in {config.out}")
+    plot.save(plot.embedding(maps, data.labels[test]), config.out / f"map.{config.format}")
+    console.print(f"checkpoint.pt and the pictures curves, neighbours and map are in {config.out}")
 
 
 if __name__ == "__main__":

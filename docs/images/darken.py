@@ -1,6 +1,9 @@
-"""Write the drawings for dark pages: the light ones in other colours.
+"""Write the drawings and the pictures for dark pages: the light ones in other colours.
 
 python docs/images/darken.py
+
+Drawings are made by hand, pictures by the examples, which write an SVG with `--format svg`. Photographs and maps inside
+a picture keep their colours. The site shows one or the other: `Variants` in docs/conf.py.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-DRAWINGS = ("method", "method-narrow")
+DRAWINGS = sorted(path.stem for path in HERE.glob("*.svg") if not path.stem.endswith("-dark"))
 DARK = {
+    "#000000": "#e6edf3",
     "#24292f": "#e6edf3",
     "#57606a": "#9da7b1",
     "#8c959f": "#6e7681",
@@ -19,12 +23,22 @@ DARK = {
     "#ffffff": "#131416",
     "#2f6db3": "#7fb2e5",
     "#d2691e": "#f0a060",
+    "#2e8b57": "#56b881",
+    "#c2416b": "#e8799b",
+    "#7d5ba6": "#b497d6",
+    "#8c6d46": "#c4a27a",
+    "#1c9aa8": "#4cc3d0",
+    "#b8960c": "#dcbb3f",
+    "#e07b91": "#f2a5b5",
+    "#cf222e": "#ff7b72",
+    "#e6eaef": "#2b3138",
 }
 
 
 def darken(drawing: str) -> str:
-    """Return an SVG with every light colour replaced by its dark counterpart."""
-    return re.sub("|".join(DARK), lambda colour: DARK[colour[0]], drawing)
+    """Return an SVG with every light colour replaced by its dark counterpart, and black, which goes without saying."""
+    dark = re.sub("|".join(DARK), lambda colour: DARK[colour[0]], drawing)
+    return dark.replace("<svg ", f'<svg fill="{DARK["#000000"]}" ', 1)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Run:
     """The quickstart's, for all methods; runs with others need a file of results of their own."""
     results: Path = RESULTS / "digits.csv"
     """Gets a row for each run."""
-    picture: Path = HERE.parents[1] / "docs" / "images" / "digits-methods.png"
+    picture: Path = HERE.parents[1] / "docs" / "images" / "digits-methods.svg"
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,10 @@ def draw(runs: Mapping[str, Mapping[str, Mapping[str, str]]], picture: Path) -> 
     for axes, quantity in zip(panels, QUANTITIES, strict=True):
         for place, of_method in enumerate(runs.values()):
             values = [float(row[quantity]) for row in of_method.values()]
-            axes.plot(values, [place] * len(values), "o", alpha=0.5, color="C0", markersize=5)
-            axes.plot([sum(values) / len(values)] * 2, [place - 0.3, place + 0.3], color="C1", linewidth=2)
+            axes.plot(values, [place] * len(values), "o", alpha=0.5, color=plot.COLOURS[0], markersize=5)
+            axes.plot([sum(values) / len(values)] * 2, [place - 0.3, place + 0.3], color=plot.COLOURS[1], linewidth=2)
         axes.set_xlabel(f"{quantity}, %")
-        axes.grid(axis="x", alpha=0.3)
+        axes.grid(axis="x", color=plot.FAINT)
     panels[0].set_yticks(range(len(runs)), [METHODS[name].title for name in runs])
     panels[0].invert_yaxis()
     plot.save(figure, picture)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -148,6 +148,8 @@ class Table:
     out: Path = Path("runs/study")
     """Folder for table.md and the curves."""
     results: Path = Run.results
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
 
 
 class OutOfTimeError(Exception):
@@ -164,7 +166,7 @@ def main(command: Run | Search | Factors | Table) -> None:
         elif isinstance(command, Factors):
             factors(command)
         else:
-            table(command.out, command.results)
+            table(command.out, command.results, command.format)
     except OutOfTimeError:
         console.print("Stopped at a checkpoint; the same command goes on from there.")
 
@@ -486,7 +488,7 @@ class Study:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
 
-def table(out: Path, results: Path) -> None:
+def table(out: Path, results: Path, format: str = "png") -> None:
     """Write table.md and curves from the rows of `results`, a table and a picture for each budget; print the former.
 
     Raises:
@@ -503,7 +505,7 @@ def table(out: Path, results: Path) -> None:
                 runs[row["method"]].setdefault(row["seed"], []).append(row)
         runs = {name: of_method for name, of_method in runs.items() if of_method}
         text += ", ".join(f"{c} {value}" for c, value in zip(BUDGET, budget, strict=True)) + "\n\n" + _tables(runs)
-        _draw(runs, out / f"curves{number or ''}.png")
+        _draw(runs, out / f"curves{number or ''}.{format}")
     write(out / "table.md", text)
     console.print(text, soft_wrap=True, highlight=False)
 
