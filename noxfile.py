@@ -1,4 +1,4 @@
-"""Sessions: `python3 -m nox -s tests lint types docs quickstart benchmarks gpu`; arguments after `--` are passed on."""
+"""Sessions: `python3 -m nox -s tests oldest lint types docs quickstart benchmarks gpu`; `--` passes the rest on."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests and the examples in docstrings; `-- -m slow` runs the slow ones."""
     install(session, "-e", ".[tests]")
     session.run(str(PYTHON), "-m", "pytest", *session.posargs)
+
+
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """Run the tests on the oldest Python and PyTorch that are supported, in an environment of their own."""
+    session.install("--quiet", "-e", ".[tests]", "torch==2.6.*", "torchvision==0.21.*")
+    session.run("pytest", *session.posargs)
 
 
 @nox.session

@@ -254,8 +254,8 @@ class HypercolumnExtractor(nn.Module):
             )
         if grid is None:
             raise ValueError(f"layer {layer!r} is said to be {layout} but gave shape {shape}.")
-        trainable = any(p.requires_grad for p in self._layer(layer).parameters())
-        if trainable and pooled.requires_grad and not x.requires_grad:
+        without = pooled.requires_grad and not x.requires_grad
+        if without and any(p.requires_grad for p in self._layer(layer).parameters()):
             raise ValueError(
                 f"layer {layer!r} has trainable parameters but ran without gradient, as inside reentrant gradient "
                 "checkpointing; checkpoint with use_reentrant=False."

@@ -121,6 +121,6 @@ class MemoryBank(LocalTensors, Counted):
 
 def _unit_rows(dims: Mapping[str, int], size: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Random unit rows, the same on every device that is the default."""
-    generator, device = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
+    generator, device = torch.Generator("cpu").manual_seed(seed), torch.empty(()).device
     rows = {name: torch.randn(size, dim, generator=generator, device="cpu") for name, dim in dims.items()}
     return {name: F.normalize(x, dim=1).to(device, dtype) for name, x in rows.items()}

@@ -18,7 +18,8 @@ def exportable(model: nn.Module) -> nn.Module:
 
     It gives what the model gives in evaluation mode, and the model itself stays as it is, hooks and all. Wrappers stay
     behind, and so do a backbone's hooks. A student's heads get other names inside, since exported programs write names
-    as Python does, where "global" is a keyword.
+    as Python does, where "global" is a keyword. ONNX takes a later PyTorch than 2.6, whose exporter fails with the
+    onnxscript of today.
 
     Args:
         model: a backbone, a `HypercolumnExtractor`, a `ContextEncoder`, or a `cgh.CGH`, whose student it is.

@@ -48,6 +48,7 @@ def test_exporting_the_live_model_leaves_it_as_it_was(strict: bool) -> None:
         torch.testing.assert_close(encoder(IMAGES), expected, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="PyTorch 2.6's exporter fails with the onnxscript of today")
 @pytest.mark.parametrize("part", ["backbone", "extractor", "student"])
 def test_onnx_and_the_live_model_agree(part: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
