@@ -1,12 +1,17 @@
 """Configuration of the site: `nox -s docs`."""
 
+import re
+from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 import cgh
@@ -124,8 +129,53 @@ class Variants(SphinxTransform):
             image.replace_self(frame)
 
 
+def mend_ways_back(app: Sphinx, name: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Lead from a source to where it is documented; viewcode takes all names of a module to be of `cgh` itself."""
+    if name.startswith("_modules/cgh/"):
+        known = app.env.domains["py"].objects
+
+        def mend(link: re.Match[str]) -> str:
+            return link[0] if f"cgh.{link[1]}" in known else link[0].replace("#cgh", f"#{context['title']}")
+
+        context["body"] = re.sub(r'#cgh\.([\w.]+)">\[docs\]', mend, context["body"])
+
+
+class Page(HTMLParser):
+    """The links and the anchors of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if value and name in ("href", "src"):
+                self.links.append(value)
+            elif value and name == "id":
+                self.anchors.add(value)
+
+
+def check_links(app: Sphinx, error: Exception | None) -> None:
+    """Warn of every link within the site that leads to no file or no anchor."""
+    pages = {} if error else {path.resolve(): Page(path) for path in Path(app.outdir).rglob("*.html")}
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            anchors = pages[target].anchors if target in pages else set()
+            outside = parts.scheme or parts.netloc
+            if not outside and (not target.exists() or (parts.fragment and unquote(parts.fragment) not in anchors)):
+                logging.getLogger(__name__).warning(
+                    "%s links to %s, which is not there", path.relative_to(app.outdir), link
+                )
+
+
 def setup(app: Sphinx) -> None:
-    """Make the renderer of equations, the tables and the variants of pictures known."""
+    """Make the renderer of equations, the tables, the variants of pictures and the check of links known."""
     app.add_transform(Variants)
+    app.connect("html-page-context", mend_ways_back)
+    app.connect("build-finished", check_links)
     app.connect("autodoc-process-docstring", tables)
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))

@@ -137,7 +137,7 @@ def pretrain(model: cgh.CGH, config: Config, progress: Progress, name: str, info
             curves["k-NN, %"][model.steps] = accuracies(embed(model, data.images)[1], data.labels, data.train)[0]
         now = "  ".join(f"{quantity} {[*curve.values()][-1]:.2f}" for quantity, curve in curves.items() if curve)
         progress.update(bar, advance=1, now=now)
-    return {quantity: (list(curve), list(curve.values())) for quantity, curve in curves.items()}
+    return {quantity: (list(curve), list(curve.values())) for quantity, curve in curves.items() if curve}
 
 
 @torch.no_grad()
