@@ -186,8 +186,5 @@ def test_goes_through_meta_and_distributed_checkpoints(tmp_path: Path) -> None:
 
 
 def test_starts_alike_whatever_the_default_device_and_dtype() -> None:
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):
         assert cgh.MemoryBank(DIMS, size=6)["global"].is_meta
-    finally:
-        torch.set_default_device(None)

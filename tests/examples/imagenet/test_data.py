@@ -575,12 +575,9 @@ def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
 def test_the_default_device_is_left_alone(tmp_path: Path, dataset: str, workers: int) -> None:
     root = make_folder(tmp_path) if dataset == "folder" else make_shards(tmp_path)
     whole = run(root, dataset=dataset)
-    try:
-        torch.set_default_device("meta")  # an accelerator's counterpart: its tensors meet no generator of the CPU
+    with torch.device("meta"):  # an accelerator's counterpart: its tensors meet no generator of the CPU
         again = run(root, dataset=dataset, workers=workers)
         assert torch.zeros(()).device.type == "meta"
-    finally:
-        torch.set_default_device(None)
     assert same(again, whole)
 
 
