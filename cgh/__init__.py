@@ -22,6 +22,7 @@ from cgh.layers import list_layers
 from cgh.losses import CrossContextLoss, InfoNCELoss
 from cgh.memory import MemoryBank
 from cgh.method import CGH, CGHOutput
+from cgh.parameters import parameter_groups
 from cgh.relation import RelationMatrix
 from cgh.schedules import LearningRate, LossWeights, TeacherMomentum
 from cgh.shuffle import BatchShuffle
@@ -59,6 +60,7 @@ __all__ = [
     "evaluate",
     "interop",
     "list_layers",
+    "parameter_groups",
     "plot",
     "views",
     "watch",

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from cgh.evaluate.linear import Classifier
 from cgh.labels import integer_labels
+from cgh.parameters import parameter_groups
 
 
 def finetune_recipe(
@@ -18,6 +19,7 @@ def finetune_recipe(
     trunk_learning_rate: float = 0.005,
     head_learning_rate: float = 0.02,
     milestones: Sequence[int] = (30, 60),
+    layer_decay: float = 1.0,
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Return the protocol's optimiser of everything, and its schedule, to be stepped after every batch.
 
@@ -31,6 +33,11 @@ def finetune_recipe(
         trunk_learning_rate: the backbone's.
         head_learning_rate: the linear layer's.
         milestones: epochs.
+        layer_decay: of the trunk's learning rate from a block to the one before it, as in `cgh.parameter_groups`; the
+            protocol has none.
+
+    Raises:
+        ValueError: a layer decay outside (0, 1], or a backbone without blocks for it.
 
     Example:
         >>> import cgh
@@ -39,13 +46,9 @@ def finetune_recipe(
         >>> schedule.get_last_lr()
         [0.005, 0.02]
     """
-    optimizer = torch.optim.SGD(
-        [
-            {"params": list(model.backbone.parameters()), "lr": trunk_learning_rate},
-            {"params": list(model.classifier.parameters()), "lr": head_learning_rate},
-        ],
-        momentum=0.9,
-    )
+    trunk = parameter_groups(model.backbone, trunk_learning_rate, layer_decay=layer_decay)
+    head = {"params": list(model.classifier.parameters()), "lr": head_learning_rate}
+    optimizer = torch.optim.SGD([*trunk, head], momentum=0.9)
     return optimizer, MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in milestones], gamma=0.1)
 
 

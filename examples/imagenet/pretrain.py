@@ -119,6 +119,8 @@ class Recipe:
     """AdamW is usual for transformers; LARS, which is timm's, for batches of thousands."""
     lr: float = 0.05
     """Highest learning rate, for a batch of 256; it is scaled by batch / 256."""
+    layer_decay: float = 1.0
+    """Of the learning rate, from a block of the backbone to the one before it; for one that starts with --init."""
     warmup_epochs: float | None = None
     """Epochs until the learning rate is at its highest, before it falls. By default 5, or half of all where those are
     less."""
@@ -209,6 +211,7 @@ class Pretraining:
         self.model.to(self.device)
         self.losses = Losses(self.method.pairs)
         self.optimizer = build_optimizer(self.model, config)
+        self.shares = [group["lr"] / (config.lr or 1.0) for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0  # optimiser steps done
         self.epoch = 0  # epochs done, their k-nearest-neighbour figure included
@@ -313,8 +316,8 @@ class Pretraining:
 
     def train_step(self, crops: tuple[Tensor, ...]) -> None:
         """One step of the optimiser, the teacher and the memory."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = self.rate(self.step) * share
         seed = (self.config.seed * self.steps + self.step) * self.world_size + self.rank
         views = self.augment([view.to(self.device, non_blocking=True) for view in crops], seed)
         self.optimizer.zero_grad()
@@ -346,7 +349,7 @@ class Pretraining:
     def write_step(self, output: cgh.CGHOutput) -> None:
         """Log the losses of this step, and where the time went since the last row."""
         losses = torch.tensor(self.losses.check(), device=self.device)
-        figures = {"epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        figures = {"epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[-1]["lr"]}
         figures |= dict(zip(self.losses.names, cgh.distributed.mean(losses).tolist(), strict=True))
         if not output.weights.infonce:
             del figures["loss/infonce"]  # it is not computed any more
@@ -564,14 +567,16 @@ def build_optimizer(model: cgh.CGH, config: Config) -> torch.optim.Optimizer:
 
     Biases, norms, position embeddings, class tokens and the scales of layers keep their lengths.
     """
-    student = model.student
     if config.optimizer != "sgd" and (config.nesterov or config.reference_weight_decay):
         raise ValueError(f"--nesterov and --reference-weight-decay are of SGD, but --optimizer is {config.optimizer}.")
-    decays = {name: p.ndim > 1 and name.endswith("weight") for name, p in student.named_parameters()}
-    weights = [p for name, p in student.named_parameters() if decays[name]]
-    others = [p for name, p in student.named_parameters() if not decays[name]]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = True if weights[0].is_cuda else None  # one launch, and no wait for the device where fp16 scales the loss
+    if config.layer_decay != 1 and config.reference_weight_decay:
+        raise ValueError(
+            f"--layer-decay {config.layer_decay:g} and --reference-weight-decay: the reference has two groups of "
+            "parameters alone; leave one of them out."
+        )
+    groups = cgh.parameter_groups(model.student, config.lr, config.weight_decay, config.layer_decay)
+    # One launch, and no wait for the device where fp16 scales the loss.
+    fused = True if groups[0]["params"][0].is_cuda else None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
     if config.optimizer == "lars":  # timm's leaves what does not decay to plain SGD, as LARS's authors do

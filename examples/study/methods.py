@@ -176,12 +176,7 @@ class Learner(nn.Module):
 
     def optimizer(self, weight_decay: float) -> torch.optim.SGD:
         """SGD with momentum 0.9; the weights of linear layers and convolutions decay, and nothing else."""
-        named = list(self.student.named_parameters())
-        decays = {name: p.ndim > 1 and name.endswith("weight") for name, p in named}
-        groups = [
-            {"params": [p for name, p in named if decays[name]], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if not decays[name]], "weight_decay": 0.0},
-        ]
+        groups = cgh.parameter_groups(self.student, 0.0, weight_decay)
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 

@@ -85,6 +85,17 @@ def test_fine_tuning_has_a_rate_for_the_trunk_and_one_for_the_head() -> None:
             assert rate == pytest.approx([0.005 * factor, 0.02 * factor])
 
 
+def test_a_trunk_learns_the_more_slowly_the_nearer_it_is_to_the_images() -> None:
+    backbone = small_backbone()  # of one block in each of four stages
+    backbone.fc = nn.Identity()
+    model = Classifier(backbone, width=512, classes=3)
+    optimizer, schedule = finetune_recipe(model, steps_per_epoch=1, milestones=[1], layer_decay=0.5)
+    assert schedule.get_last_lr() == pytest.approx([*(0.005 * 0.5**depth for depth in range(5, 0, -1)), 0.02])
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([*(0.0005 * 0.5**depth for depth in range(5, 0, -1)), 0.002])
+
+
 def test_accuracy_counts_the_likeliest_classes() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [2.0, 1.0, 3.0]])
     assert accuracy(logits, torch.tensor([0, 0, 0, 0]), k=[1, 2, 3, 5]) == (25.0, 75.0, 100.0, 100.0)

@@ -37,7 +37,12 @@ def test_the_whole_chain(arch: str, layers: list[str], options: list[str], root:
     assert neighbours["5 neighbours"]["top1"] > 70  # each class has a colour
     assert evaluate("cluster", tmp_path / "cluster", kept)["accuracy"] > 40
     assert evaluate("linear", tmp_path / "linear", *evaluated, "--epochs=20", "--lr=0.01")["top1"] > 50
-    assert evaluate("semisup", tmp_path / "semisup", *evaluated, "--epochs=1", "--fraction=0.5")["labels"] == 8
+    assert (
+        evaluate("semisup", tmp_path / "semisup", *evaluated, "--epochs=1", "--fraction=0.5", "--layer-decay=0.7")[
+            "labels"
+        ]
+        == 8
+    )
 
 
 def test_layers_that_do_not_fit_are_answered_by_those_that_do(root: Path, tmp_path: Path) -> None:

@@ -73,6 +73,21 @@ def test_the_optimiser_of_the_reference(pretrain: ModuleType) -> None:
         pretrain.build_optimizer(model, configuration(pretrain, "--nesterov", "--optimizer=adamw"))
 
 
+def test_a_run_with_layer_decay_keeps_the_rates_apart(pretrain: ModuleType, tmp_path: Path) -> None:
+    root = make_images(tmp_path / "images", train=16)
+    options = [*SMALL, f"--root={root}", "--schedule=milestones", "--milestones=1", "--warmup-epochs=0"]
+    run([*options, f"--folder={tmp_path / 'run'}", "--layer-decay=0.5", "--lr=0.64"], tmp_path / "output.txt")
+    groups = trained(tmp_path / "run")["optimizer"]["param_groups"]
+    base = 0.64 * 8 / 256 / 10  # of the second epoch
+    expected = [base * 0.5**depth for depth in range(9, -1, -1) for _ in range(2)]
+    assert [group["lr"] for group in groups] == pytest.approx(expected)
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0] * 10
+    config = configuration(pretrain, "--layer-decay=0.5", "--reference-weight-decay")
+    model, _ = pretrain.build_model(config, 0, 16)
+    with pytest.raises(ValueError, match=r"--layer-decay 0\.5 and --reference-weight-decay: .* leave one of them out"):
+        pretrain.build_optimizer(model, config)
+
+
 def test_plain_lines_tell_of_every_start(pretrain: ModuleType, tmp_path: Path) -> None:
     log = pretrain.Log(tmp_path, ["loss"], steps=8)
     for step in (2, 4):
