@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def train_classifier(
         run.lock()
     state = run.load()
     if state:
-        check_same(state["config"], recipe_of(config), run)
+        # What a checkpoint of before an option existed was trained with is the option's default.
+        defaults = json.loads(json.dumps({f.name: f.default for f in fields(config)}, default=str))
+        check_same(defaults | state["config"], recipe_of(config), run)
         learnt.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])

@@ -147,6 +147,9 @@ def test_a_run_that_stopped_goes_on_bit_by_bit(
     assert (tmp_path / "whole" / "checkpoint.pt").read_bytes() == before
     with pytest.raises(ValueError, match="seed was 0 and is now 1"):
         evaluate(script, tmp_path / "whole", *options, "--seed=1")
+    older = {name: value for name, value in first["config"].items() if name not in ("layer_decay", "seed")}
+    cgh.checkpoint.save(first | {"config": older}, tmp_path / "whole" / "checkpoint.pt")
+    assert evaluate(script, tmp_path / "whole", *options) == whole, "options that came later have their defaults"
 
 
 def test_bad_input(root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
