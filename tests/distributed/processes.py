@@ -25,3 +25,4 @@ def _join(rank: int, function: Callable[..., Any], world_size: int, folder: str,
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is written; a thread of the backend that outlives the interpreter would abort the process
