@@ -127,22 +127,24 @@ def save_pretrained(
 def from_pretrained(folder: str | os.PathLike[str], arch: str | None = None, heads: bool = False) -> nn.Module:
     """Return the backbone of a folder, without classifier: images `(N, 3, H, W)` -> pooled features `(N, W)`.
 
-    The folder is one that `save_pretrained` wrote, any in timm's or transformers' layout, or "hf-hub:USER/NAME" for one
-    on the Hugging Face hub. Weights are read as data: a pickle that would run code is refused.
+    The folder is one that `save_pretrained` wrote, or any in timm's or transformers' layout. Weights are read as data:
+    a pickle that would run code is refused.
 
     Args:
-        folder: where `config.json` is.
+        folder: where `config.json` is, or "hf-hub:USER/NAME" on the Hugging Face hub ("hf-hub:USER/NAME@REVISION" for
+            a branch, tag or commit of it), from where it is downloaded once.
         arch: that it has to be; by default what the folder says.
         heads: return the `ContextEncoder` with the student's projection heads.
 
     Raises:
         FileNotFoundError: no such folder, or no `config.json` or weights in it.
         ImportError: a package that the folder needs is not installed.
+        OSError: the hub has no such folder, does not show it to who is logged in, or cannot be reached.
         ValueError: no library knows the architecture (close names are listed); the weights are of another one, and then
             every missing, unexpected and misshapen key is listed; they hold more than data; there are no heads.
     """
     if str(folder).startswith(HUB):
-        folder = require("huggingface_hub", extra="hub").snapshot_download(str(folder).removeprefix(HUB))
+        folder = _download(str(folder).removeprefix(HUB))
     folder = Path(folder)
     config = pretrained_config(folder)
     about = config.get("cgh", {})
@@ -178,7 +180,9 @@ def pretrained_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}; name a folder that save_pretrained wrote.")
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; name a folder that save_pretrained wrote, or {HUB}USER/NAME for one on the hub."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -253,6 +257,17 @@ def model_card(
             parts += ["", f"## {title}", "", f"| {head} | |", "| --- | --- |"]
             parts += [f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |" for key, value in rows]
     return "\n".join(parts) + "\n"
+
+
+def _download(name: str) -> str:
+    """The folder that holds a repository of the hub, without files that are not read, such as other formats."""
+    repository, _, revision = name.partition("@")
+    fetch = require("huggingface_hub", extra="hub").snapshot_download
+    for patterns in (["*.json", "*.safetensors"], ["*.json", "pytorch_model.bin"]):
+        folder = fetch(repository, revision=revision or None, allow_patterns=patterns)
+        if any(Path(folder).glob("*.safetensors")):
+            break
+    return str(folder)
 
 
 def _build(config: Mapping[str, Any], about: Mapping[str, Any], arch: str | None, folder: Path) -> nn.Module:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import http.server
 import json
 import pickle
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,7 @@ import torch
 from torch import nn
 
 import cgh
-from cgh.interop import build_backbone, from_pretrained, pretrained_config, push_to_hub, save_pretrained
+from cgh.interop import build_backbone, from_pretrained, pretrained_config, save_pretrained
 
 pytest.importorskip("safetensors")
 timm = pytest.importorskip("timm")
@@ -158,74 +153,3 @@ def test_the_card_says_what_was_trained_and_found(tmp_path: Path) -> None:
         assert row in card.splitlines()
     assert "/home/me" not in card
     assert "/x" not in card
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as an upload needs; what is sent lies in `files`."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012  # of all requests
-    repositories: list[dict[str, Any]] = []  # noqa: RUF012
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer: dict[str, Any] = {}
-        if self.path == "/api/repos/create":
-            self.repositories.append(json.loads(body))
-            answer = {"url": f"http://{self.headers['Host']}/user/name"}
-        elif "/preupload/" in self.path:
-            asked = json.loads(body)["files"]
-            answer = {
-                "files": [
-                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in asked
-                ]
-            }
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {
-                "commitUrl": f"http://{self.headers['Host']}/user/name/commit/0",
-                "commitOid": "0",
-                "pullRequestUrl": None,
-            }
-        self._send(answer)
-
-    def do_GET(self) -> None:
-        self._send({"id": "user/name", "sha": "0", "siblings": []})
-
-    def _send(self, answer: dict[str, Any]) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None: ...
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    api = functools.partial(huggingface_hub.HfApi, endpoint=endpoint, token="hf_none")
-    monkeypatch.setattr(huggingface_hub, "HfApi", api)
-    yield Hub
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_hub_is_sent_the_folder(hub: type[Hub], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        push_to_hub(tmp_path, "user/name")
-    assert not hub.repositories
-    save_pretrained(trained("timm/convnext_atto"), tmp_path, image_size=32)
-    (tmp_path / "notes.txt").write_text("mine")
-    assert push_to_hub(tmp_path, "user/name", private=True).endswith("user/name")
-    (asked,) = hub.repositories
-    assert asked["name"] == "name"
-    assert asked.get("private") or asked.get("visibility") == "private"  # by the version of huggingface_hub
-    assert set(hub.files) == {"model.safetensors", "config.json", "README.md"}
-    assert hub.files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
