@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +186,41 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert (event.step, event.value) == (3, 0.5)
 
 
+def records(path: Path) -> Iterator[bytes]:
+    """Of a run's file of Weights and Biases: seven bytes, then LevelDB's log, of blocks of 32 KiB."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # too few for a header
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]  # after a checksum
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = watch.WandB(project="cgh", mode="offline", dir=str(tmp_path))
-    logger.log(3, {"loss": 0.5})
-    assert logger.run.step == 3
+    logger.log(3, {"loss": 0.5, "knn/top1": 50.0})
+    logger.log(4, {"loss": 0.25})
     logger.run.finish()
-    assert list(tmp_path.rglob("*.wandb")), "the run lies here to be uploaded"
+    (path,) = tmp_path.rglob("*.wandb")  # to be uploaded
+    histories = [record.history for record in map(internal.Record.FromString, records(path)) if record.history.item]
+    logged = [
+        {
+            name: json.loads(item.value_json)
+            for item in history.item
+            if (name := item.key or item.nested_key[0])[0] != "_"
+        }
+        for history in histories
+    ]
+    assert [history.step.num for history in histories] == [3, 4]
+    assert logged == [{"loss": 0.5, "knn/top1": 50.0}, {"loss": 0.25}]
 
 
 def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
