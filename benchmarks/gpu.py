@@ -494,7 +494,7 @@ def wait_rows(report: Report) -> None:
     with warnings.catch_warnings(record=True) as caught, _waits("warn"):
         warnings.simplefilter("always")
         trained.step()
-    count = sum("synchroniz" in str(warning.message) for warning in caught)
+    count = sum("called a synchronizing" in str(warning.message) for warning in caught)
     report.rows.append(Row("host waits in a step", count, math.nan, "", 0, unit="", absolute=True))
 
 

@@ -8,6 +8,7 @@ kernel puts their sums together. Products are in half precision, so that tensor 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,11 +48,13 @@ class Limits(NamedTuple):
     processors: int
 
 
-def limits(x: Tensor) -> Limits:
-    """Return what the GPU that holds `x` has."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
+# Asking takes longer than a small loss.
+@cache
+def limits(device: torch.device) -> Limits:
+    """Return what a GPU has."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
     # Before compute capability 8.0 a GPU has no bfloat16, and too little memory for more than small tiles.
-    shared = properties["max_shared_mem"] if torch.cuda.get_device_capability(x.device) >= (8, 0) else 0
+    shared = properties["max_shared_mem"] if torch.cuda.get_device_capability(device) >= (8, 0) else 0
     return Limits(shared, properties["multiprocessor_count"])
 
 
@@ -114,7 +117,7 @@ def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -
         target: `(K, E)`, which may be the bank.
         centre: `(K,)`, divided by the temperature.
     """
-    found, size = limits(query), len(bank)
+    found, size = limits(query.device), len(bank)
     same = bank.data_ptr() == target.data_ptr() and bank.stride() == target.stride() and bank.shape == target.shape
     widths = query.shape[1], target.shape[1]
     same = same and padded(widths[1]) <= SLICE
