@@ -4,6 +4,7 @@ The method of Gao, Feng and Patras, "Self-Supervised Representation Learning wit
 and Hypercolumn Features" (WACV 2024, arXiv 2308.13392), as parts that stand alone.
 """
 
+import difflib
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -73,7 +74,11 @@ _LAZY = ("plot", "views", "watch")
 def __getattr__(name: str) -> ModuleType:
     if name in _LAZY:
         return importlib.import_module(f"cgh.{name}")
-    raise AttributeError(f"module 'cgh' has no attribute {name!r}")
+    known = [*__all__, *(f"{part.__name__[4:]}.{inner}" for part in (evaluate, interop) for inner in part.__all__)]
+    close = [path for path in known if path.rpartition(".")[2].lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    hint = f"; close names: {', '.join(f'cgh.{path}' for path in close)}" if close else ""
+    raise AttributeError(f"module 'cgh' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

@@ -40,6 +40,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
+        """Return the normalised batch, each group by its own statistics in training."""
         if not self.training or self.num_splits == 1:
             return self._rest(super().forward(input))
         self._check_input_dim(input)

@@ -56,6 +56,9 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         >>> checkpoint.load(path)["step"]
         3
     """
+    if not isinstance(state, Mapping):
+        remedy = ".state_dict()" if isinstance(state, nn.Module) else ", by a name in a dictionary"
+        raise TypeError(f"the state is a {type(state).__name__}; write what it holds{remedy}.")
     state = dict(state)
     check_plain(state)
     path = Path(path)

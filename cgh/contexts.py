@@ -72,9 +72,13 @@ def check_banks(contexts: Contexts, memory: Banks, owner: str, names: Sequence[s
     """Check that every named context has a bank of its own width.
 
     Raises:
-        TypeError: a bank is not floating point.
+        TypeError: one tensor in place of the banks, or a bank that is not floating point.
         ValueError: a bank is missing or empty, or its rows are of another width than the embeddings.
     """
+    if isinstance(memory, Tensor):
+        raise TypeError(
+            f"memory is one tensor {tuple(memory.shape)}; pass the MemoryBank, or {{name: (K, D)}} for every context."
+        )
     for name in names:
         if name not in memory:
             raise ValueError(f"memory has no bank for context {name!r}; it has {sorted(memory)}.")

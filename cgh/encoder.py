@@ -30,6 +30,7 @@ class ContextEncoder(nn.Module):
         images `(N, 3, H, W)` -> `{"global": (N, D), "hypercolumn": (N, D)}`, float32 or wider also under autocast.
 
     Raises:
+        TypeError: `extractor` is none, but a bare backbone, say.
         ValueError: `dim` lacks a context, an unknown context is asked for, or the extractor finds something wrong.
 
     Example:
@@ -49,6 +50,10 @@ class ContextEncoder(nn.Module):
         image_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(extractor, HypercolumnExtractor):
+            raise TypeError(
+                f"the extractor is a {type(extractor).__name__}; pass cgh.HypercolumnExtractor(backbone, layers)."
+            )
         names = ("global", *extractor.hypercolumns)
         self.dims = dict(dim) if isinstance(dim, Mapping) else dict.fromkeys(names, dim)
         if set(self.dims) != set(names):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cgh.layouts import LAYOUTS, declared_prefix_tokens, find_layout, takes_maps, to_map
-from cgh.modes import evaluating
+from cgh.modes import check_module, evaluating
 from cgh.wrappers import is_parallel, plain_names, unwrap
 
 
@@ -36,6 +36,12 @@ class Features(NamedTuple):
         if len(self.hypercolumns) > 1:
             raise ValueError(f"there are several hypercolumns, {list(self.hypercolumns)}; take .hypercolumns[name].")
         return next(iter(self.hypercolumns.values()))
+
+    @override
+    def __repr__(self) -> str:
+        """Return the shapes."""
+        shapes = {"pooled": tuple(self.pooled.shape)} | {name: tuple(x.shape) for name, x in self.hypercolumns.items()}
+        return f"Features({', '.join(f'{name} {shape}' for name, shape in shapes.items())})"
 
 
 class Widths(NamedTuple):
@@ -80,7 +86,7 @@ class HypercolumnExtractor(nn.Module):
             another shape than said above, or one that could mean two things; tokens form no grid of the images'
             proportions; a hypercolumn is named "global"; the batch is empty; gradient checkpointing hides a layer's
             gradient; a later layer changes a layer's output in place; a parallel wrapper is inside, not outside.
-        TypeError: `layers` is a string, or images are not floating point.
+        TypeError: the backbone is no module, `layers` is a string, or images are no tensor or not floating point.
 
     Example:
         >>> import torch, torchvision, cgh
@@ -114,6 +120,7 @@ class HypercolumnExtractor(nn.Module):
                 f"the backbone is in a {type(backbone).__name__}; pass the module inside, and wrap what you train: "
                 f"{type(backbone).__name__}(model)."
             )
+        check_module(backbone, "the backbone", 'cgh.interop.build_backbone("resnet18")')
         remove_classifier(backbone)
         self.backbone = backbone
         self.hypercolumns = {name: tuple(names) for name, names in hypercolumns.items()}
@@ -123,12 +130,14 @@ class HypercolumnExtractor(nn.Module):
         paths = plain_names(backbone, named) | {name: name for name in named}
         for layer in self.layers:
             if layer not in paths or not layer:
-                close = difflib.get_close_matches(layer, paths, n=5, cutoff=0.4) or [
-                    name for name, _ in unwrap(backbone).named_children()
-                ]
+                close = difflib.get_close_matches(layer, paths, n=5, cutoff=0.4)
+                parts = close or [name for name, _ in unwrap(backbone).named_children()]
+                names = f"{'close names' if close else 'its parts'}: {', '.join(parts) or 'none'}"
+                usual = {"timm", "torchvision"} & _packages(unwrap(backbone))
                 raise ValueError(
-                    f"the backbone ({type(unwrap(backbone)).__name__}) has no layer {layer!r}; close names: "
-                    f"{', '.join(close)}. All of them: cgh.list_layers(backbone, image_size)."
+                    f"the backbone ({type(unwrap(backbone)).__name__}) has no layer {layer!r}; {names}. All of them: "
+                    "cgh.list_layers(backbone, image_size)"
+                    f"{', the usual two: cgh.interop.default_layers(backbone)' if usual else ''}."
                 )
         self._paths = {layer: paths[layer] for layer in self.layers}
         self.layouts = dict.fromkeys(self.layers, layouts) if isinstance(layouts, str) else dict(layouts or {})
@@ -149,6 +158,7 @@ class HypercolumnExtractor(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Features:
+        """Return the pooled feature and the hypercolumns of `images`."""
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "DataParallel runs copies of the model at once, whose layers would write to one place; use "
@@ -169,6 +179,10 @@ class HypercolumnExtractor(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """Return the pooled feature `(N, W)` alone, which costs no hypercolumn."""
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images are a {type(images).__name__}; pass one tensor (N, 3, H, W), as torch.stack makes."
+            )
         if not images.is_floating_point():
             raise TypeError(
                 f"images are {images.dtype}; make them floating point, such as images.float() / 255, and normalise."

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from cgh.hypercolumn import first_output, same_output, version_of
 from cgh.layouts import declared_prefix_tokens, find_layout, takes_maps, to_map
-from cgh.modes import evaluating
+from cgh.modes import check_module, evaluating
 from cgh.wrappers import plain_names, unwrap
 
 
@@ -69,7 +69,8 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
         A list of `Layer` that prints as a table.
 
     Raises:
-        ValueError: the model cannot run on such an image.
+        TypeError: `model` is no module.
+        ValueError: the model cannot run on such an image, or `image_size` is none.
 
     Example:
         >>> import torchvision, cgh
@@ -83,7 +84,10 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
         features.2  192 x 8 x 8   8       NHWC
         ...
     """
-    image = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    check_module(model, "the model", 'cgh.interop.build_backbone("resnet18")')
+    image = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(image) != 2:
+        raise ValueError(f"image_size is {image}; give one side, or (height, width).")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters(), torch.empty(()))
     named = dict(model.named_modules())
@@ -108,7 +112,7 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             model(like.new_zeros((1, first.in_channels if first else 3, *image)))
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} failed on an image of {image[0]} x {image[1]}: {error}") from error
     finally:
         for handle in handles:

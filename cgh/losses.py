@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +82,16 @@ class CrossContextLoss(nn.Module):
             raise ValueError(f"pairs is {pairs!r}; give (learner, guide) names, such as [('global', 'hypercolumn')].")
         self.pairs = None if pairs is None else [(learner, guide) for learner, guide in pairs]
         self.centring = centring
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise ValueError unless all pairs are of these contexts, and each of them has temperatures."""
+        pairs = [*permutations(names, 2)] if self.pairs is None else self.pairs
+        for learner, guide in pairs:
+            for name in (learner, guide):
+                if name not in names:
+                    raise ValueError(f"pairs names the context {name!r}; the contexts are {[*names]}.")
+            _temperature(self.student_temperature, learner)
+            _temperature(self.teacher_temperature, guide)
 
     if TYPE_CHECKING:
 
@@ -212,6 +223,7 @@ class InfoNCELoss(nn.Module):
 
     @override
     def forward(self, z: Contexts, t: Contexts, memory: Banks) -> Tensor:
+        """Return the loss of the student's embeddings `z` against the teacher's `t` and the memory."""
         check_contexts(z, "student")
         check_same_contexts(z, t)
         check_batch(z, t, memory, list(z), list(z))

@@ -35,6 +35,7 @@ class MemoryBank(LocalTensors, Counted):
         seed: of the random start, equal on every rank whatever their global seeds.
 
     Raises:
+        TypeError: `dims` is no mapping.
         ValueError: a width or size below one; on `enqueue`, contexts or widths other than the banks', contexts of
             different batch sizes, also over the ranks, values that are not finite, or an empty batch.
         RuntimeError: on `enqueue`, several processes were started but have not joined a process group, or a rank is
@@ -53,6 +54,8 @@ class MemoryBank(LocalTensors, Counted):
     def __init__(
         self, dims: Mapping[str, int], size: int = 131_072, dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> None:
+        if not isinstance(dims, Mapping):
+            raise TypeError(f"dims is {dims!r}; give a width for every context, such as {{'global': 512}}.")
         if not dims or min(dims.values()) < 1:
             raise ValueError(
                 f"dims is {dict(dims)}; give every context a width of 1 or more, such as {{'global': 512}}."

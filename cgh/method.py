@@ -136,6 +136,7 @@ class CGH(Counted):
         self.memory = MemoryBank(self.student.dims, memory_size, memory_dtype, seed)
         centring = None if centring_momentum is None else Centring(self.memory, memory_size, centring_momentum)
         self.relation_loss = CrossContextLoss(student_temperature, teacher_temperature, pairs, centring)
+        self.relation_loss.check_names(self.student.dims)
         self.infonce_loss = InfoNCELoss(infonce_temperature)
         self.weights = LossWeights(warmup_steps)
         self._warming_up = warmup_steps > 0
@@ -199,9 +200,13 @@ class CGH(Counted):
         and `steps` count one step, as they would of one batch of that size.
 
         Raises:
+            TypeError: something else than outputs, such as their loss.
             ValueError: no output; an output that has been given before; embeddings that are not finite, or of ranks
                 with batches of different sizes. On a CPU nothing has changed by then.
         """
+        for output in outputs:
+            if not hasattr(output, "teacher"):
+                raise TypeError(f"update takes what the model returned; got a {type(output).__name__}.")
         batches = [output.teacher for output in outputs]
         if not batches:
             raise ValueError("update takes the outputs of the batches that the optimiser's step was of; got none.")

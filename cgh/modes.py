@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def check_module(model: object, owner: str, example: str) -> None:
+    """Raise TypeError unless `model`, called `owner` in the message, is a module; `example` is one to pass."""
+    if not isinstance(model, nn.Module):
+        given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(f"{owner} is {given}; pass an nn.Module, such as {example}.")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and at the end each of its modules back into its own, as frozen norms have one.
@@ -24,11 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> inside, [m.training for m in model]
         (False, [False, True])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"the model is a {type(model).__name__}; pass an nn.Module, such as model.student.extractor in place of a "
-            "function of it."
-        )
+    check_module(model, "the model", "model.student.extractor in place of a function of it")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

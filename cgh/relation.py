@@ -40,6 +40,7 @@ class RelationMatrix(nn.Module):
 
     @override
     def forward(self, z: Tensor, bank: Tensor) -> Tensor:
+        """Return the relations `(N, K)` of embeddings `z` to the rows of a bank."""
         return self.logits(z, bank).softmax(dim=1)
 
     def logits(self, z: Tensor, bank: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class BatchShuffle(Counted):
     @override
     @torch.no_grad()
     def forward(self, encoder: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+        """Return what `encoder` makes of `images`, which it sees in another order."""
         _, world_size = distributed.rank_and_world_size()
         if world_size == 1:
             order = permutation(len(images), self.seed, self._count, self._count.device)
@@ -78,6 +79,10 @@ class BatchShuffle(Counted):
         embeddings = distributed.permute(torch.cat(list(contexts.values()), dim=1), inverse)
         widths = [x.shape[1] for x in contexts.values()]
         return dict(zip(contexts, embeddings.split(widths, dim=1), strict=True))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"seed={self.seed}"
 
 
 # An operator of its own, so that a graph of `torch.compile` holds it as one call, and talks to the other ranks in it.

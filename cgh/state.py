@@ -37,10 +37,12 @@ class Counted(nn.Module):
 
     @override
     def get_extra_state(self) -> Tensor:
+        """Return the count, for `state_dict`."""
         return self._count.clone()
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
+        """Take a count of `state_dict`."""
         if self._count.is_meta:  # as where weights are assigned
             self._count = state.clone()
         self._set_count(int(state))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Self, override
 
+from cgh.modes import check_module
 from cgh.state import Counted, LocalTensors
 from cgh.wrappers import plain_names, unwrap
 
@@ -37,7 +38,7 @@ class EMATeacher(Counted):
         That of the student; the outputs need no gradient.
 
     Raises:
-        TypeError: a student that cannot be copied.
+        TypeError: a student that is no module or cannot be copied.
         ValueError: a momentum outside [0, 1]; on `update`, a student whose parameters have other names or shapes, or
             are on another device.
 
@@ -53,6 +54,7 @@ class EMATeacher(Counted):
 
     def __init__(self, student: nn.Module, momentum: float | Callable[[int], float] = 0.999) -> None:
         super().__init__()
+        check_module(student, "the student", "a cgh.ContextEncoder")
         self.encoder = _copy(unwrap(student)).requires_grad_(False)
         self.encoder.zero_grad(set_to_none=True)
         _turn_dropout_off(self.encoder)

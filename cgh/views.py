@@ -94,6 +94,12 @@ class Crops:
         for view in self.views:
             _check_crop(*view)
 
+    @override
+    def __repr__(self) -> str:
+        (size, scale), _, *local = self.views
+        sizes, scales = zip(*local, strict=True) if local else ((), ())
+        return f"Crops({size}, {scale}" + (f", local_sizes={sizes}, local_scales={scales})" if local else ")")
+
     def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
         _check_images(image, "the image", ndim=3)
         return tuple(self._crop(image, size, scale) for size, scale in self.views)
@@ -139,6 +145,10 @@ class BatchCrops:
     def __init__(self, size: int = 32, scale: tuple[float, float] = (0.2, 1.0)) -> None:
         _check_crop(size, scale)
         self.size, self.scale = size, scale
+
+    @override
+    def __repr__(self) -> str:
+        return f"BatchCrops({self.size}, {self.scale})"
 
     def __call__(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return the views; `seed` alone decides them."""
@@ -272,6 +282,11 @@ class Augmentation(nn.Module):
             output.append(self._kernels(view, rows) if _has_kernels(view) else self._plain(view, rows))
         return tuple(output)
 
+    @override
+    def extra_repr(self) -> str:
+        weak = self.weak is not None
+        return f"colour={self.colour}, blur={self.blur}, weak={weak}, jitter={self.jitter}, dtype={self.dtype}"
+
     def _kernels(self, view: Tensor, parameters: Tensor | None) -> Tensor:
         from cgh import colour_kernels
 
@@ -318,6 +333,10 @@ class Colour:
 
     def __init__(self, *, blur: bool = True, weak: bool = True, jitter: Sequence[float] = JITTER) -> None:
         self.blur, self.weak, self.jitter = blur, WEAK if weak else None, _check_jitter(jitter)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Colour(blur={self.blur}, weak={self.weak is not None}, jitter={self.jitter})"
 
     def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, view in enumerate(views):

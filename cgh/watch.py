@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from cgh import diagnostics
 from cgh.contexts import Contexts
@@ -104,6 +105,14 @@ class Watch:
         self._probed: list[Tensor] = []  # loss and accuracy of every batch since the last look
         self._highest: dict[str, float] = {}
         self._warned = False
+
+    @override
+    def __repr__(self) -> str:
+        names = [type(logger).__name__ for logger in self.loggers]
+        neighbours = f", neighbours_every={self.neighbours_every}, k={self.k}" if self.train is not None else ""
+        return (
+            f"Watch({type(self.model).__name__}, loggers={names}, every={self.every}, probe={self.probe}{neighbours})"
+        )
 
     def __call__(
         self,
@@ -218,6 +227,10 @@ class OnlineProbe:
         self.weight = torch.zeros(classes, width, device=device, requires_grad=True)
         self.bias = torch.zeros(classes, device=device, requires_grad=True)
         self.optimizer = torch.optim.SGD([self.weight, self.bias], lr=learning_rate, momentum=0.9)
+
+    @override
+    def __repr__(self) -> str:
+        return f"OnlineProbe(width={self.width}, classes={self.classes})"
 
     def learn(self, features: Tensor, labels: Tensor) -> Tensor:
         """Take one step; return the loss and the accuracy in percent from before it, `(2,)`.

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from cgh import checkpoint
 from cgh.distributed import gather, rank_and_world_size
 from cgh.hypercolumn import pooled_output
 from cgh.labels import integer_labels
+from cgh.method import CGH
 from cgh.modes import evaluating
+from cgh.wrappers import unwrap
 
 
 class LabelledFeatures(NamedTuple):
@@ -25,6 +28,11 @@ class LabelledFeatures(NamedTuple):
     """The model's outputs `(N, W)`, in float32 and in the memory of the host."""
     labels: Tensor
     """Classes `(N,)`."""
+
+    @override
+    def __repr__(self) -> str:
+        """Return the shapes."""
+        return f"LabelledFeatures(features {tuple(self.features.shape)}, labels {tuple(self.labels.shape)})"
 
 
 Batches = Iterable[tuple[Tensor, Any]]
@@ -59,8 +67,8 @@ def extract_features(
     Raises:
         ValueError: an empty data set, outputs that are not `(N, W)`, labels that are not one an image, or a DataLoader
             on several ranks.
-        TypeError: a stream without DataLoader, items that are not an image and its class, or classes that are not
-            integers.
+        TypeError: a model of two views, a stream without DataLoader, items that are not an image and its class, or
+            classes that are not integers.
 
     Example:
         >>> import torch, torchvision, cgh
@@ -68,6 +76,8 @@ def extract_features(
         >>> cgh.evaluate.extract_features(cgh.interop.resnet("resnet18"), data).features.shape
         torch.Size([10, 512])
     """
+    if isinstance(unwrap(model), CGH):
+        raise TypeError("the model is a CGH, which takes two views; pass its backbone: model.student.extractor.")
     rank, _ = rank_and_world_size()
     batches, size = _batches(dataset, batch_size, workers, torch.device(device))
     features: list[Tensor] = []

@@ -49,7 +49,7 @@ def knn(
     Raises:
         ValueError: `k` below one or larger than the training set, shapes that do not fit together, an empty set, labels
             below zero, features that are not finite, or a temperature of zero or below.
-        TypeError: features that are not floating point, or labels that are not integers.
+        TypeError: features that are no tensor or not floating point, or labels that are not integers.
 
     Example:
         >>> import torch, cgh
@@ -123,6 +123,10 @@ def _unit_length(features: Tensor, name: str) -> Tensor:
 
 def _check(name: str, features: Tensor, classes: Any) -> Tensor:
     """The labels as int64."""
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            f"{name}_features are a {type(features).__name__}; make them a tensor, such as torch.as_tensor(features)."
+        )
     labels = integer_labels(classes, f"{name}_labels")
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(

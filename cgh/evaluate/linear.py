@@ -42,6 +42,7 @@ class Classifier(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits `(N, classes)` of `images`."""
         logits: Tensor = self.classifier(self.backbone(images))
         return logits
 

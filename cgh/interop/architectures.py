@@ -49,6 +49,7 @@ def build_backbone(
 
     Raises:
         ImportError: timm is not installed.
+        TypeError: `arch` is no name.
         ValueError: neither library knows the name (close names are listed); what is no ResNet has no stem for small
             images; it cannot be built for this size, or has no blocks to leave out.
 
@@ -66,6 +67,10 @@ def create(
     arch: str, small_images: bool = False, image_size: int | None = None, drop_path: float | None = None
 ) -> nn.Module:
     """Return what `build_backbone` does, with its classifier still on."""
+    if not isinstance(arch, str):
+        raise TypeError(
+            f"arch is a {type(arch).__name__}; pass a name, such as 'resnet50' or 'timm/vit_small_patch16_224'."
+        )
     try:
         model = (
             _in_timm(arch, image_size, drop_path)
@@ -76,6 +81,8 @@ def create(
         raise ValueError(
             f"{arch} takes no such option: {error}. Leave out drop_path, or choose another arch."
         ) from error
+    except AssertionError as error:
+        raise ValueError(f"{arch} cannot be built for images of {image_size} pixels: {error}.") from error
     if small_images:
         _use_small_stem(model, arch)
     return model
@@ -163,9 +170,19 @@ def _unknown(arch: str) -> str:
     names = torchvision_names()
     if importlib.util.find_spec("timm"):
         names += [TIMM + name for name in require("timm", extra="timm").list_models()]
-    close = difflib.get_close_matches(arch, names, n=5, cutoff=0.5)
+    of_timm, name = arch.startswith(TIMM), arch.removeprefix(TIMM).lower()
+    holding = [known for known in names if name and name in known]
+
+    def distance(known: str) -> tuple[bool, bool, bool, int]:
+        bare = known.removeprefix(TIMM)
+        return bare != name, not bare.startswith(name), known.startswith(TIMM) != of_timm, len(known)
+
+    holding.sort(key=distance)
+    similar = difflib.get_close_matches(arch, names, n=5, cutoff=0.5) if name else []
+    close = [*dict.fromkeys([*holding[:5], *similar])][:5]
     known = f"close names: {', '.join(close)}" if close else "such names are resnet50 and timm/vit_small_patch16_224"
-    return f"arch is {arch!r}, which is no classifier of torchvision, and of timm only after {TIMM!r}; {known}."
+    where = "timm does not have" if of_timm else f"is no classifier of torchvision, and timm's begin with {TIMM!r}"
+    return f"arch is {arch!r}, which {where}; {known}."
 
 
 def _use_small_stem(model: nn.Module, arch: str) -> None:

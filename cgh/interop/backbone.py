@@ -19,6 +19,7 @@ from cgh.extras import require
 from cgh.hypercolumn import HypercolumnExtractor, is_whole_model, remove_classifier
 from cgh.interop.matching import check_match, check_tensors
 from cgh.method import CGH
+from cgh.modes import check_module
 from cgh.teacher import EMATeacher
 from cgh.wrappers import is_sharded, plain_names, unwrap
 
@@ -38,7 +39,7 @@ def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str,
 
     Raises:
         ValueError: `like` is of another architecture, and then every missing, unexpected and misshapen key is listed;
-            or which backbone is meant is not sure.
+            the classifier is on; or which backbone is meant is not sure.
 
     Example:
         >>> import torchvision, cgh
@@ -52,6 +53,12 @@ def backbone_state(model: nn.Module, like: nn.Module | None = None) -> dict[str,
         return state
     bare = copy.deepcopy(like)
     remove_classifier(bare)
+    classifier = state.keys() & (like.state_dict().keys() - bare.state_dict().keys())
+    if classifier:
+        raise ValueError(
+            f"the {type(unwrap(model)).__name__} has its classifier on, {', '.join(sorted(classifier))}; a backbone "
+            "has none: take it off by cgh.hypercolumn.remove_classifier(model)."
+        )
     check_match(state, bare.state_dict(), "the backbone")
     return {key: state.get(key, torch.zeros_like(x, device="cpu")) for key, x in like.state_dict().items()}
 
@@ -116,6 +123,7 @@ def find_backbone(model: nn.Module) -> nn.Module:
         ValueError: there are several, or the module holds a whole model of another library, so that what the backbone
             is cannot be known.
     """
+    check_module(model, "the model", "the backbone, or what holds it")
     module = _inside(model)
     if module is not model:
         return find_backbone(module)

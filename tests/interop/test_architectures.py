@@ -73,7 +73,14 @@ def test_blocks_are_left_out_in_the_student_alone(arch: str) -> None:
     [
         ("resnet19", "arch is 'resnet19'.*close names: .*resnet18"),
         ("timm/convnext_ato", "close names: .*timm/convnext_atto"),
-        ("vit_tiny_patch16_224", "of timm only after 'timm/'; close names: .*timm/vit_tiny_patch16_224"),
+        (
+            "vit_tiny_patch16_224",
+            "no classifier of torchvision, and timm's begin with 'timm/'; close names: timm/vit_tiny_pa",
+        ),
+        ("timm/resnet5", "which timm does not have; close names: timm/resnet50, "),
+        ("timm/swin_t", "which timm does not have; close names: swin_t, "),
+        ("vit_tiny", "close names: timm/vit_tiny_patch16_224, "),
+        ("ResNet50", "close names: resnet50, "),
         ("", "such names are resnet50"),
         ("squeezenet1_0", "no classifier of torchvision"),
     ],
@@ -88,6 +95,10 @@ def test_options_that_an_architecture_has_not() -> None:
         build_backbone("timm/convnext_atto", small_images=True)
     with pytest.raises(ValueError, match="resnet18 takes no such option: .*Leave out drop_path"):
         build_backbone("resnet18", drop_path=0.1)
+    with pytest.raises(ValueError, match="vit_b_16 cannot be built for images of 33 pixels: .* patch size"):
+        build_backbone("vit_b_16", image_size=33)
+    with pytest.raises(TypeError, match="arch is a ResNet; pass a name, such as 'resnet50'"):
+        build_backbone(build_backbone("resnet18"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layers are known for a Sequential"):
         default_layers(nn.Sequential())
 

@@ -74,7 +74,8 @@ def test_a_model_of_transformers_stays_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [["layer3", "layer4"], {"shallow": ["layer2"], "deep": ["layer3", "layer4"]}])
 def test_the_students_heads_go_along(layers: Any, tmp_path: Path) -> None:
-    model = cgh.CGH(build_backbone("resnet18"), layers, dim=8, hidden_dim=24, memory_size=32)
+    temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+    model = cgh.CGH(build_backbone("resnet18"), layers, dim=8, hidden_dim=24, memory_size=32, **temperatures)
     save_pretrained(model, tmp_path, heads=True)
     loaded = from_pretrained(tmp_path, heads=True)
     images = torch.randn(2, 3, 64, 64)
