@@ -504,10 +504,10 @@ def _study(batch: int, width: int, size: int, graph: bool, compile: bool) -> tup
     from methods import METHODS, Learner, Settings, resnet18
     from study import Budget, Study
 
+    torch.manual_seed(0)
     pixels = torch.randint(256, (8 * batch, 3, size, size), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(len(pixels), dtype=torch.long))
     study = Study(Budget(ROOT, batch=batch, width=width, size=size, graph=graph, device=DEVICE.type), images, images)
-    torch.manual_seed(0)
     learner = Learner(
         METHODS["across"], Settings(memory_size=4096), 10_000, resnet18(width), (3, size, size), 128, seed=0
     )

@@ -64,7 +64,7 @@ def compiled(capability: int, dim: int, bank: str, same: bool, tiling: kernels.T
         "WIDTH": dim,
         "TARGET_WIDTH": dim,
         "D": kernels.padded(dim),
-        "E": min(kernels.padded(dim), kernels.SLICE),
+        "E": tiling.columns,
         "ROWS": tiling.rows,
         "BANK_ROWS": tiling.bank_rows,
     }
@@ -109,7 +109,7 @@ def instruction(ptx: str) -> str:
 def main(config: Config) -> None:
     """Print a table."""
     table = Table(title="relation kernel, bfloat16 products")
-    for column in ("capability", "D", "bank", "mean row of", "rows x bank rows, stages, warps"):
+    for column in ("capability", "D", "bank", "mean row of", "rows x bank rows x columns, stages, warps"):
         table.add_column(column)
     for column in ("registers", "spilled, B", "shared, KiB", "products by", "compiled in, s"):
         table.add_column(column, justify="right")
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         for dim in config.dims:
             for bank in config.banks:
                 for same in (True, False):
-                    tiling = kernels.tilings(dim, dim, same, int(bank[2:]) // 8, SHARED[capability])[0]
+                    tiling = kernels.tilings(256, dim, dim, same, int(bank[2:]) // 8, SHARED[capability])[0]
                     start = time.perf_counter()
                     needs = compiled(capability, dim, bank, same, tiling)
                     table.add_row(
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
                         f"{dim:,}",
                         bank,
                         "its own bank" if same else "another",
-                        f"{tiling.rows} x {tiling.bank_rows}, {tiling.stages}, {tiling.warps}",
+                        f"{tiling.rows} x {tiling.bank_rows} x {tiling.columns}, {tiling.stages}, {tiling.warps}",
                         str(needs.registers),
                         str(needs.spilled),
                         f"{needs.shared / 1024:.0f}" + ("" if needs.shared <= SHARED[capability] else " (too much)"),
