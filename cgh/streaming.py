@@ -134,7 +134,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     return [
         Relation(
             rows[number],
-            attach(rows[number], logsumexp, means[number, query.bank] if learns[number] else None),
+            attach(rows[number], logsumexp, means[number, query.bank]) if learns[number] else logsumexp,
             {name: means[number, name] for name in query.averages},
         )
         for number, (query, logsumexp) in enumerate(zip(queries, logsumexps, strict=True))
@@ -307,10 +307,10 @@ def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> flo
     return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
 
 
-def attach(rows: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
+def attach(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """Return `value` with the gradient of each of its elements with respect to one row, or of a scalar to all rows.
 
-    It can be differentiated once. `gradient` is `(R, D)` as `rows` are, or None if nothing is to be differentiated.
+    It can be differentiated once. `gradient` is `(R, D)` as `rows` are.
 
     Example:
         >>> import torch
@@ -325,15 +325,15 @@ def attach(rows: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """A value with the gradient that was computed along with it, or None if nothing was to be differentiated."""
+    """A value with the gradient that was computed along with it."""
 
     @staticmethod
-    def forward(rows: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
+    def forward(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         rows, _, gradient = inputs
         ctx.save_for_backward(rows, gradient)
 
