@@ -61,6 +61,7 @@ class Config:
     batches: tuple[int, ...] = (64, 512)
     """N of the second table, with K as above."""
     repetitions: int = 3
+    """Rounds, of which a figure is the median."""
     memory: float = 5.0
     """Gigabytes that relation matrices may take; where they need more, only ours is measured."""
     small: bool = True

@@ -32,13 +32,17 @@ class Config:
     """Measure a whole step beside bare forward and backward passes."""
 
     arch: str = "resnet50" if ON_GPU else "resnet18"
+    """torchvision's name of a ResNet."""
     batch: int = 256 if ON_GPU else 64
+    """Images in a step."""
     size: int = 224
     """Side of the images in pixels."""
     dim: int = 512
+    """Width of the embeddings."""
     memory_size: int = 131_072
     """Rows of each bank."""
     repetitions: int = 10 if ON_GPU else 3
+    """Rounds, of which a figure is the median."""
     quick: bool = False
     """A short look, at small sizes."""
 

@@ -17,7 +17,8 @@ STUDENT = {"global": 0.10, "shallow": 0.08, "deep": 0.08}
 TEACHER = {"global": 0.04, "deep": 0.08}
 
 if __name__ == "__main__":
-    config = tyro.cli(quickstart.Config, default=quickstart.Config(out=Path("runs/three_contexts")))
+    defaults = quickstart.Config(out=Path("runs/three_contexts"))
+    config = tyro.cli(quickstart.Config, default=defaults, description=(__doc__ or "").partition("\n")[0])
     three = quickstart.method(
         config, layers=LAYERS, pairs=PAIRS, student_temperature=STUDENT, teacher_temperature=TEACHER
     )

@@ -12,6 +12,7 @@ import math
 
 import quickstart
 import torch
+import tyro
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
@@ -84,4 +85,4 @@ def main(epochs: int = 25) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

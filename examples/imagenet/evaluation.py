@@ -52,7 +52,9 @@ class Evaluation:
     batch: int = 256
     """Images at a time, over all ranks."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What autocast computes the network in."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
     workers: int = 8
     """Processes that load images, on each rank."""
 

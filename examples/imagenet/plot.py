@@ -31,6 +31,7 @@ class Config:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Their folders."""
     out: Path = Path("curves.png")
+    """The picture; its name ends in its format, such as .png or .pdf."""
 
 
 def draw(folders: Sequence[Path], out: Path) -> None:

@@ -38,6 +38,7 @@ class Training(Evaluation):
     weights: Path = field()
     """A checkpoint of pretrain.py or of the reference implementation, or torchvision's or timm's weights."""
     epochs: int
+    """Passes over the images."""
     validation_epochs: int = 1
     """Between validations, beside the one at the end; 0 for that one alone."""
     seed: int = 0

@@ -7,6 +7,7 @@ python examples/loops/with_accelerate.py
 from __future__ import annotations
 
 import task
+import tyro
 from accelerate import Accelerator
 
 
@@ -30,4 +31,4 @@ def train(accumulate: int = 1) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(" ".join(f"{loss:.4f}" for loss in train()))
+    print("loss of each batch:", *(f"{loss:.4f}" for loss in tyro.cli(train)))

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L  # its documentation's name
 import task
 import torch
+import tyro
 from torch import Tensor
 
 import cgh
@@ -60,4 +61,4 @@ def train(accumulate: int = 1) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(" ".join(f"{loss:.4f}" for loss in train()))
+    print("loss of each batch:", *(f"{loss:.4f}" for loss in tyro.cli(train)))

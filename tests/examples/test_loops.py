@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,24 @@ def test_beside_the_loss_of_another_method() -> None:
     assert entropy < math.log(example.MEMORY) - 1, "relations have collapsed"
     labels = importlib.import_module("quickstart").digits()[1]
     assert importlib.import_module("quickstart").accuracies(features, labels)[0] > 90
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("loops/plain.py", "--accumulate INT"),
+        ("loops/with_accelerate.py", "--accumulate INT"),
+        ("loops/with_lightning.py", "--accumulate INT"),
+        ("three_contexts.py", "Two hypercolumns beside the global context"),
+        ("with_lightly.py", "--epochs INT"),
+    ],
+)
+def test_help_runs_nothing(
+    script: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("accelerate", "kornia", "lightly", "lightning", "matplotlib", "tyro"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert says in capsys.readouterr().out
