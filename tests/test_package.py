@@ -57,7 +57,9 @@ def test_import_adds_at_most_150_milliseconds() -> None:
         command = [sys.executable, "-c", code]
         return 1000 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert statistics.median(measure() for _ in range(3)) <= 150
+    added = statistics.median(measure() for _ in range(5))
+    print(f"\nimport cgh adds {added:.0f} ms to import torch, torchvision")
+    assert added <= 150
 
 
 def test_what_takes_long_to_import_waits_until_it_is_used() -> None:
