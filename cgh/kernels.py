@@ -22,11 +22,8 @@ BLOCK = 4096
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-WIDEST = 1024
-"""Wider embeddings leave no room for their rows in a processor's shared memory."""
-
-WIDEST_SUMS = 512
-"""Wider mean rows do not fit into a program's registers and are added up in slices."""
+WIDEST = 512
+"""Rows of wider embeddings leave too little room in a processor's shared memory for this to be fast."""
 
 
 class Tiling(NamedTuple):
@@ -42,19 +39,22 @@ class Tiling(NamedTuple):
     warps: int
 
 
-SMALL = [
+SMALL = (
     Tiling(64, 32, 512, 2, 8),
     Tiling(64, 32, 512, 1, 8),
     Tiling(32, 32, 512, 2, 8),
     Tiling(32, 32, 512, 1, 8),
     Tiling(32, 16, 512, 1, 8),
     Tiling(16, 16, 512, 1, 8),
-]
+)
 TILINGS = {
-    True: [Tiling(64, 128, 512, 2, 8), Tiling(64, 64, 512, 2, 8), *SMALL],
-    False: [Tiling(128, 64, 256, 2, 8), Tiling(128, 64, 256, 1, 8), *SMALL],
+    (True, True): (Tiling(64, 128, 128, 2, 4), Tiling(128, 64, 256, 2, 8), Tiling(64, 64, 512, 2, 8), *SMALL),
+    (True, False): (Tiling(64, 128, 128, 2, 4), Tiling(64, 64, 512, 1, 8), *SMALL),
+    (False, True): (Tiling(128, 64, 256, 2, 8), Tiling(128, 64, 256, 1, 8), *SMALL),
+    (False, False): (Tiling(128, 64, 256, 2, 8), Tiling(128, 32, 256, 1, 8), *SMALL),
 }
-"""The fastest first, as measured on an H200: where the mean row wanted is of the query's own bank, and elsewhere."""
+"""The fastest first, as measured on an H200; by whether the mean row wanted is of the query's own bank, and whether the
+banks are in half precision."""
 
 
 class Limits(NamedTuple):
@@ -84,7 +84,7 @@ def tilings(rows: int, width: int, target_width: int, same: bool, itemsize: int,
         width: of the query and of its bank.
         target_width: of the bank whose mean row is wanted.
         same: whether that is the query's bank.
-        itemsize: bytes of a bank's element; other than 2, it is converted on the way.
+        itemsize: bytes of a bank's element; what is not in half precision is converted on the way.
         shared: bytes of shared memory that one program may have.
 
     Example:
@@ -93,24 +93,20 @@ def tilings(rows: int, width: int, target_width: int, same: bool, itemsize: int,
         (Tiling(rows=64, bank_rows=64, columns=512, stages=2, warps=8), [])
     """
     width, target_width = padded(width), padded(target_width)
-    if width > WIDEST or itemsize > 4:
+    if max(width, target_width if same else 0) > WIDEST or itemsize > 4:
         return []
     fitting = []
-    for tiling in TILINGS[same]:
-        columns = target_width if same else min(target_width, tiling.columns)
-        widest = max(width, columns)
+    for tiling in TILINGS[same, itemsize == 2]:
+        columns = min(target_width, tiling.columns)
         tile = tiling.bank_rows * (width + (0 if same else columns))
-        taken = 2 * tiling.rows * width + (
-            2 * tile * tiling.stages if itemsize == 2 else tile * (2 + itemsize * (tiling.stages - 1))
-        )
         if (
-            tiling.rows * columns <= 64 * 512  # sums, in registers
-            and tiling.bank_rows * widest * itemsize <= 64 * 512 * 2
+            (columns == target_width or not same)
+            and tiling.rows * columns <= 64 * 512  # sums, in registers
             and (tiling.rows <= 64 or rows > 64)
             # Only a lower bound: what the compiler adds is found at the first launch.
-            and taken <= shared
+            and 2 * (tiling.rows * width + tile * tiling.stages) <= shared
         ):
-            warps = tiling.warps if widest > 128 or tiling.rows > 64 else 4
+            warps = 4 if tiling.rows <= 64 and max(width, columns) <= 128 else tiling.warps
             fitting.append(tiling._replace(columns=columns, warps=warps))
     return fitting
 
@@ -148,7 +144,6 @@ def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -
     """
     size, widths = len(bank), (query.shape[1], target.shape[1])
     same = bank.data_ptr() == target.data_ptr() and bank.stride() == target.stride() and bank.shape == target.shape
-    same = same and padded(widths[1]) <= WIDEST_SUMS
     query, bank, target = (x if x.stride(1) == 1 else x.contiguous() for x in (query, bank, target))
     limit = limits(query.device)
     for tiling in tilings(len(query), *widths, same, max(bank.itemsize, target.itemsize), limit.shared):

@@ -120,7 +120,9 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     if how == "triton":
         given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
         products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
-    results = _stream(
+    # The operator's own way takes longer than all kernels of a small loss.
+    compute = _stream if torch.compiler.is_compiling() else _relations
+    results = compute(
         [x.detach() for x in rows],
         [memory[name].detach() for name in names],
         [None if query.centre is None else query.centre.detach() / query.temperature for query in queries],
@@ -141,14 +143,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     ]
 
 
-# An operator of its own, so that torch.compile takes the loop over the chunks as one call and does not unroll it.
-@torch.library.custom_op(
-    "cgh::stream",
-    mutates_args=(),
-    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets, "
-    "str how, ScalarType products) -> Tensor[]",
-)
-def _stream(
+def _relations(
     queries: Sequence[Tensor],
     banks: Sequence[Tensor],
     centres: Sequence[Tensor | None],
@@ -167,6 +162,16 @@ def _stream(
         if found is not None:
             return found
     return _chunked(queries, banks, centres, reads, sources, targets, how)
+
+
+# An operator of its own, so that torch.compile takes the loop over the chunks as one call and does not unroll it.
+_stream = torch.library.custom_op(
+    "cgh::stream",
+    _relations,
+    mutates_args=(),
+    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets, "
+    "str how, ScalarType products) -> Tensor[]",
+)
 
 
 @_stream.register_fake

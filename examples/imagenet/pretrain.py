@@ -586,7 +586,13 @@ def build_optimizer(model: cgh.CGH, config: Config) -> torch.optim.Optimizer:
         return lars
     if config.reference_weight_decay:
         groups = reference.parameter_groups(model, config.weight_decay)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if fused and config.momentum:
+        # Where a first step in fp16 overflows, it is left out, and the next would find momentum that nobody wrote.
+        for group in sgd.param_groups:
+            for x in group["params"]:
+                sgd.state[x]["momentum_buffer"] = torch.zeros_like(x)
+    return sgd
 
 
 def wrap(model: cgh.CGH, config: Config) -> nn.Module:
