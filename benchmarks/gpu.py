@@ -376,7 +376,11 @@ def loss_rows(report: Report) -> None:
             alone = 1e3 * losses.PRODUCTS[name] * losses.product_seconds(*large)
             report.rows.append(Row("the same", 1e3 * ours.seconds, alone, "its products alone", 2.2))
             report.rows.append(Row("extra memory", ours.megabytes, kept.megabytes, losses.BASELINE, 1 / 20, unit="MB"))
-    del rows
+        half = {context: bank.bfloat16() for context, bank in rows[2].items()}
+        with_half = losses.costs({"ours": losses.LOSSES[name]["ours"]}, (*rows[:2], half), repetitions)["ours"]
+        what = f"{name}, bfloat16 banks"
+        report.rows.append(Row(what, 1e3 * with_half.seconds, 1e3 * kept.seconds, losses.BASELINE, aim))
+    del rows, half
     implementations = {which: losses.LOSSES["cross-context"][which] for which in ("ours", losses.BASELINE)}
     found = losses.costs(implementations, losses.inputs(*small), repetitions)
     what = "cross-context, N {:,}, K {:,}, D {:,}".format(*small)

@@ -6,18 +6,27 @@ comes from a pass of its own, as sums of blocks that are added in the same order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cgh.colours import AFTER, BEFORE, COLUMNS, LUMA, TURNS, WEIGHTS
+from cgh.colours import AFTER, BEFORE, COLUMNS, DRAWN, LUMA, RADIUS, SIGMA, TURNS, WEIGHTS, P, ranges
 
 BLOCK = 1024
 """Pixels of an image that a program holds at a time."""
 
+IMAGES = 128
+"""Images whose parameters a program works out."""
+
 # Triton lets kernels read globals of this type alone.
 _COLUMNS = tl.constexpr(COLUMNS)
+_DRAWN = tl.constexpr(DRAWN)
+_RADIUS = tl.constexpr(RADIUS)
+_JITTERED, _GREYED, _BLURRED = (tl.constexpr(p) for p in P)
+_LEAST_SIGMA, _SIGMAS = tl.constexpr(SIGMA[0]), tl.constexpr(SIGMA[1] - SIGMA[0])
 _TURNS = tl.constexpr(TURNS)
 _WEIGHTS = tl.constexpr(WEIGHTS)
 _BEFORE = tl.constexpr(BEFORE)
@@ -25,12 +34,30 @@ _AFTER = tl.constexpr(AFTER)
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 
 
-def augment(view: Tensor, parameters: Tensor | None, blurs: bool, mean: Tensor, std: Tensor, output: Tensor) -> None:
-    """Write a view into `output`: distorted and blurred by its parameters if there are any, then normalised.
+def parameters_of(uniform: Tensor, jitter: Sequence[float]) -> Tensor:
+    """Return what `cgh.colours.Draws(uniform, jitter).parameters()` does, `(N, COLUMNS)`, by one kernel."""
+    parameters = torch.empty(len(uniform), COLUMNS, device=uniform.device)
+    limits = [limit for pair in ranges(jitter) for limit in pair]
+    with torch.cuda.device_of(uniform):
+        _parameters[(triton.cdiv(len(uniform), IMAGES),)](uniform, parameters, len(uniform), *limits, IMAGES=IMAGES)
+    return parameters
+
+
+def augment(
+    view: Tensor,
+    uniform: Tensor | None,
+    jitter: Sequence[float],
+    blurs: bool,
+    mean: Tensor,
+    std: Tensor,
+    output: Tensor,
+) -> None:
+    """Write a view into `output`: distorted and blurred as drawn if anything was, then normalised.
 
     Args:
         view: uint8 `(N, 3, H, W)`, of any strides.
-        parameters: `(N, COLUMNS)`, contiguous; see `cgh.colours.Draws`.
+        uniform: of `cgh.colours.draw`, `(N, DRAWN)`, contiguous.
+        jitter: as in `cgh.colours.Draws`.
         blurs: whether to blur.
         mean: of the channels, from 0 to 255.
         std: likewise.
@@ -38,7 +65,8 @@ def augment(view: Tensor, parameters: Tensor | None, blurs: bool, mean: Tensor, 
     """
     n, _, height, width = view.shape
     blocks = triton.cdiv(height * width, BLOCK)
-    colour, blurs = parameters is not None, parameters is not None and blurs
+    colour, blurs = uniform is not None, uniform is not None and blurs
+    parameters = mean if uniform is None else parameters_of(uniform, jitter)
     with torch.cuda.device_of(view):
         sums = torch.empty(n, blocks, device=view.device) if colour else mean
         first = torch.empty(n, 3, height, width, device=view.device) if blurs else output
@@ -48,7 +76,7 @@ def augment(view: Tensor, parameters: Tensor | None, blurs: bool, mean: Tensor, 
         _colour[n, blocks](
             view,
             *view.stride(),
-            parameters if colour else mean,
+            parameters,
             sums,
             mean,
             std,
@@ -70,6 +98,79 @@ def augment(view: Tensor, parameters: Tensor | None, blurs: bool, mean: Tensor, 
 # Triton compiles from the source: it has no types, and takes none.
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+
+@triton.jit
+def _factor(uniform, number: tl.constexpr, inside, low, high, jittered, neutral):
+    x = low + (high - low) * tl.load(uniform + 3 + number, mask=inside, other=0.0)
+    return tl.where(jittered, x, neutral)
+
+
+@triton.jit
+def _parameters(
+    uniform,
+    parameters,
+    images,
+    brightness_low,
+    brightness_high,
+    contrast_low,
+    contrast_high,
+    saturation_low,
+    saturation_high,
+    turns_low,
+    turns_high,
+    IMAGES: tl.constexpr,
+):
+    """The parameters of some images, from what was drawn for each."""
+    image = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
+    inside = image < images
+    uniform += image * _DRAWN
+    parameters += image * _COLUMNS
+    jittered = tl.load(uniform, mask=inside, other=1.0) < _JITTERED
+    grey = tl.where(tl.load(uniform + 1, mask=inside, other=1.0) < _GREYED, 1.0, 0.0)
+    blurred = tl.load(uniform + 2, mask=inside, other=1.0) < _BLURRED
+    brightness = _factor(uniform, 0, inside, brightness_low, brightness_high, jittered, 1.0)
+    contrast = _factor(uniform, 1, inside, contrast_low, contrast_high, jittered, 1.0)
+    saturation = _factor(uniform, 2, inside, saturation_low, saturation_high, jittered, 1.0)
+    turns = _factor(uniform, 3, inside, turns_low, turns_high, jittered, 0.0)
+
+    # The order is that of four numbers; a step after the hue goes to the slots that stand after it.
+    first = tl.load(uniform + 7, mask=inside, other=0.0)
+    second = tl.load(uniform + 8, mask=inside, other=0.0)
+    third = tl.load(uniform + 9, mask=inside, other=0.0)
+    hue = tl.load(uniform + 10, mask=inside, other=0.0)
+    first_slot = _slot(first, second, third, hue)
+    second_slot = _slot(second, first, third, hue)
+    third_slot = _slot(third, first, second, hue)
+    for slot in tl.static_range(_BEFORE + _AFTER - 1):
+        a = tl.where(first_slot == slot, brightness, 1.0)
+        a = tl.where(second_slot == slot, contrast, a)
+        a = tl.where(third_slot == slot, saturation, a)
+        tl.store(parameters + 3 * slot, a, mask=inside)
+        tl.store(parameters + 3 * slot + 1, tl.where(third_slot == slot, 1 - saturation, 0.0), mask=inside)
+        tl.store(parameters + 3 * slot + 2, tl.where(second_slot == slot, 1 - contrast, 0.0), mask=inside)
+    tl.store(parameters + _TURNS - 3, 1 - grey, mask=inside)
+    tl.store(parameters + _TURNS - 2, grey, mask=inside)
+    tl.store(parameters + _TURNS - 1, tl.zeros_like(grey), mask=inside)
+    tl.store(parameters + _TURNS, turns, mask=inside)
+
+    sigma = _LEAST_SIGMA + _SIGMAS * tl.load(uniform + 11, mask=inside, other=0.0)
+    radius = tl.where(blurred, tl.ceil(3 * sigma), 0.0)
+    tl.store(parameters + _WEIGHTS - 1, radius, mask=inside)
+    total = tl.zeros_like(sigma)
+    for distance in tl.static_range(_RADIUS + 1):
+        weight = tl.where(distance <= radius, tl.exp(-distance * distance / (2 * sigma * sigma)), 0.0)
+        total += weight if distance == 0 else 2 * weight
+    for distance in tl.static_range(_RADIUS + 1):
+        weight = tl.where(distance <= radius, tl.exp(-distance * distance / (2 * sigma * sigma)), 0.0)
+        tl.store(parameters + _WEIGHTS + distance, weight / total, mask=inside)
+
+
+@triton.jit
+def _slot(own, other, another, hue):
+    """The slot of an affine step: its place among the four, and further on where it stands after the hue."""
+    place = (other < own).to(tl.int32) + (another < own).to(tl.int32) + (hue < own).to(tl.int32)
+    return place + (_BEFORE - 1) * (hue < own).to(tl.int32)
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Colour jitter, grey and Gaussian blur for a batch of images, each by parameters of its own.
 
-All are drawn on the host and stand in one tensor, a row an image, which reaches the device in one transfer. There every
-image takes the same few operations: one that is left as it is has parameters that leave it so. Nothing waits for
-the device, and nothing's shape depends on what was drawn. On CUDA the operations are the kernels of
-`cgh.colour_kernels`.
+The host draws uniform numbers, a row an image, which reach the device in one transfer and become parameters there.
+Every image takes the same few operations: one that is left as it is has parameters that leave it so. Nothing waits for
+the device, and nothing's shape depends on what was drawn. On CUDA all of it is the kernels of `cgh.colour_kernels`.
 
 Brightness, contrast and saturation are all `a x + s grey(x) + m mean(grey(x))`, clamped to [0, 1]; so is grey itself.
 The hue, which is dear, is turned at one place: three such steps come before it and three after, as many of them the
@@ -35,15 +34,21 @@ TURNS = 3 * (BEFORE + AFTER)
 WEIGHTS = TURNS + 2
 """Where the blur's weights stand, from the centre outwards; before them, how many there are besides the centre's."""
 COLUMNS = WEIGHTS + RADIUS + 1
+DRAWN = 12
+"""Uniform numbers of an image: whether jitter, grey and blur; four factors, their four places, and the blur's sigma."""
+
+
+def draw(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return what `Draws` of `count` images are made of, on the host, from torch's global generator by default."""
+    return torch.rand(count, DRAWN, generator=generator, device="cpu")
 
 
 class Draws:
-    """What is drawn for the colours and the blur of `count` images, on the host.
+    """What uniform numbers decide of the colours and the blur of images, where these numbers are.
 
     Args:
-        count: images.
+        uniform: of `draw`, `(count, DRAWN)`.
         jitter: strengths of brightness, contrast, saturation and hue.
-        generator: torch's global one by default.
 
     Attributes:
         jitters, greys, blurs: whether, `(count,)`.
@@ -52,32 +57,36 @@ class Draws:
         sigma: of the blur, in pixels, `(count,)`.
     """
 
-    def __init__(self, count: int, jitter: Sequence[float], generator: torch.Generator | None = None) -> None:
-        uniform = torch.rand(count, 12, generator=generator, device="cpu")
-        self.jitters, self.greys, self.blurs = (x < p for x, p in zip(uniform.unbind(1), P, strict=False))
-        *strengths, hue = jitter
-        low = torch.tensor([*(max(0.0, 1 - strength) for strength in strengths), -hue], device="cpu")
-        high = torch.tensor([*(1.0 + strength for strength in strengths), hue], device="cpu")
-        self.factors = low + (high - low) * uniform[:, 3:7]
+    def __init__(self, uniform: Tensor, jitter: Sequence[float]) -> None:
+        self.jitters, self.greys, self.blurs = (uniform[:, i] < p for i, p in enumerate(P))
+        columns = zip(uniform[:, 3:7].unbind(1), ranges(jitter), strict=True)
+        self.factors = torch.stack([low + (high - low) * x for x, (low, high) in columns], dim=1)
         self.order = uniform[:, 7:11].argsort(dim=1)
         self.sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * uniform[:, 11]
 
     def parameters(self) -> Tensor:
         """Return them as what `distort` and `blur` read, `(count, COLUMNS)`."""
-        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device="cpu")
-        brightness, contrast, saturation, turns = self.factors.where(self.jitters[:, None], neutral).unbind(1)
+        brightness, contrast, saturation = self.factors[:, :3].where(self.jitters[:, None], 1.0).unbind(1)
+        turns = self.factors[:, 3] * self.jitters
         zero, grey = torch.zeros_like(turns), self.greys.to(turns.dtype)
         steps = [brightness, zero, zero, contrast, zero, 1 - contrast, saturation, 1 - saturation, zero]
         place = self.order.argsort(dim=1)
         slot = place[:, :3] + (BEFORE - 1) * (place[:, :3] > place[:, 3:])
-        affine = torch.tensor([1.0, 0.0, 0.0], device="cpu").repeat(len(turns), BEFORE + AFTER, 1)
+        affine = turns.new_zeros(len(turns), BEFORE + AFTER, 3)
+        affine[:, :, 0] = 1.0
         affine.scatter_(1, slot[:, :, None].expand(-1, -1, 3), torch.stack(steps, dim=1).view(-1, 3, 3))
         affine[:, -1, :2] = torch.stack([1 - grey, grey], dim=1)
         radius = (3 * self.sigma).ceil() * self.blurs
-        distance = torch.arange(RADIUS + 1, device="cpu")
+        distance = torch.arange(RADIUS + 1, device=turns.device)
         weights = torch.exp(-(distance**2) / (2 * self.sigma[:, None] ** 2)) * (distance <= radius[:, None])
         weights /= 2 * weights.sum(dim=1, keepdim=True) - weights[:, :1]
         return torch.cat([affine.flatten(1), turns[:, None], radius[:, None], weights], dim=1)
+
+
+def ranges(jitter: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the least and greatest factor of brightness, contrast and saturation, and turn of the hue."""
+    *strengths, hue = jitter
+    return [*((max(0.0, 1.0 - strength), 1.0 + strength) for strength in strengths), (-hue, hue)]
 
 
 def distort(x: Tensor, parameters: Tensor) -> Tensor:

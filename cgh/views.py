@@ -33,6 +33,8 @@ JITTER = (0.4, 0.4, 0.4, 0.1)
 """The paper's strengths of brightness, contrast, saturation and hue."""
 
 RATIO = (3 / 4, 4 / 3)
+DRAWN = 23
+"""Uniform numbers of a crop of `BatchCrops`: ten areas, ten ratios, two places, and whether it is flipped."""
 WEAK = 1  # where the weak view stands among the views
 HAS_TRITON = find_spec("triton") is not None
 
@@ -157,10 +159,26 @@ class BatchCrops:
 
     def draw(self, shape: Sequence[int], seed: int) -> Tensor:
         """Return what decides the views of a batch of this shape, on the host: the half of a call that draws."""
-        n, _, height, width = shape
         # Not the stream of Augmentation, so that a step may use one seed for both.
-        generator = torch.Generator().manual_seed(~seed)
-        uniform = torch.rand(2, n, 23, generator=generator, device="cpu")
+        return torch.rand(2, shape[0], DRAWN, generator=torch.Generator().manual_seed(~seed), device="cpu")
+
+    def transform(self, images: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the views that `draw`, moved to the images' device, decides: the half that is the device's."""
+        if _has_kernels(images):
+            from cgh import crop_kernels
+
+            return crop_kernels.crop(images, uniform, self.size, self.scale, RATIO)
+        extent, centre = self._boxes(uniform, *images.shape[-2:]).movedim(0, 1).unbind(-1)
+        # From -1 to 1 across the crop, and then across the image; both views lie side by side in one grid.
+        pixels = (2 * torch.arange(self.size, device=images.device) + 1) / self.size - 1
+        x, y = (extent[..., None] * pixels + centre[..., None]).unbind(2)
+        grid = torch.stack(torch.broadcast_tensors(x[:, :, None, :], y[:, :, :, None]), dim=-1).flatten(1, 2)
+        crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        strong, weak = crops.round_().clamp_(0, 255).to(torch.uint8).chunk(2, dim=2)
+        return strong, weak
+
+    def _boxes(self, uniform: Tensor, height: int, width: int) -> Tensor:
+        """Extents and centres of the crops, `(2, N, 2, 2)`, of images that reach from -1 to 1."""
         # As torchvision: the first of ten boxes that fits, or else the whole image.
         area = (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[..., :10]) * height * width
         low, high = (math.log(ratio) for ratio in RATIO)
@@ -172,17 +190,6 @@ class BatchCrops:
         centre = (1 - extent) * (2 * uniform[..., 20:22] - 1)
         extent[..., 0] *= 1 - 2 * (uniform[..., 22] < 0.5).float()
         return torch.stack([extent, centre], dim=-1)
-
-    def transform(self, images: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the views that `parameters` of `draw`, moved to the images' device, decide: the other half."""
-        # From -1 to 1 across the crop, and then across the image; both views lie side by side in one grid.
-        pixels = (2 * torch.arange(self.size, device=images.device) + 1) / self.size - 1
-        extent, centre = parameters.movedim(0, 1).unbind(-1)
-        x, y = (extent[..., None] * pixels + centre[..., None]).unbind(2)
-        grid = torch.stack(torch.broadcast_tensors(x[:, :, None, :], y[:, :, :, None]), dim=-1).flatten(1, 2)
-        crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-        strong, weak = crops.round_().clamp_(0, 255).to(torch.uint8).chunk(2, dim=2)
-        return strong, weak
 
 
 class Augmentation(nn.Module):
@@ -266,11 +273,11 @@ class Augmentation(nn.Module):
         """Return what decides `count` strong and local views, on the host: the half of a call that draws."""
         if not self.colour:
             return torch.empty(count, 0, device="cpu")
-        return colours.Draws(count, self.jitter, torch.Generator().manual_seed(seed)).parameters()
+        return colours.draw(count, torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def transform(self, views: Sequence[Tensor], parameters: Tensor) -> tuple[Tensor, ...]:
-        """Return the views that `parameters` of `draw`, moved to the device, decide: the half that is the device's.
+    def transform(self, views: Sequence[Tensor], uniform: Tensor) -> tuple[Tensor, ...]:
+        """Return the views that `draw`, moved to the device, decides: the half that is the device's.
 
         Whatever was drawn it is the same few kernels, so that a CUDA graph can hold them.
         """
@@ -278,25 +285,21 @@ class Augmentation(nn.Module):
         for i, view in enumerate(views):
             rows = None
             if self.colour and i != self.weak:
-                rows, parameters = parameters[: len(view)], parameters[len(view) :]
+                rows, uniform = uniform[: len(view)], uniform[len(view) :]
             output.append(self._kernels(view, rows) if _has_kernels(view) else self._plain(view, rows))
         return tuple(output)
 
-    @override
-    def extra_repr(self) -> str:
-        weak = self.weak is not None
-        return f"colour={self.colour}, blur={self.blur}, weak={weak}, jitter={self.jitter}, dtype={self.dtype}"
-
-    def _kernels(self, view: Tensor, parameters: Tensor | None) -> Tensor:
+    def _kernels(self, view: Tensor, uniform: Tensor | None) -> Tensor:
         from cgh import colour_kernels
 
         output = torch.empty(view.shape, dtype=self.dtype, device=view.device, memory_format=self.memory_format)
-        colour_kernels.augment(view, parameters, self.blur, self.mean, self.std, output)
+        colour_kernels.augment(view, uniform, self.jitter, self.blur, self.mean, self.std, output)
         return output
 
-    def _plain(self, view: Tensor, parameters: Tensor | None) -> Tensor:
+    def _plain(self, view: Tensor, uniform: Tensor | None) -> Tensor:
         x = _planes(view)
-        if parameters is not None:
+        if uniform is not None:
+            parameters = colours.Draws(uniform, self.jitter).parameters()
             x = colours.distort(x.div_(255), parameters)
             if self.blur:
                 x = colours.blur(x, parameters)
@@ -346,7 +349,7 @@ class Colour:
         return tuple(view if i == self.weak else self._distort(view) for i, view in enumerate(views))
 
     def _distort(self, view: Tensor) -> Tensor:
-        draws = colours.Draws(1, self.jitter)
+        draws = colours.Draws(colours.draw(1), self.jitter)
         x = _planes(view).div_(255)
         if draws.jitters:
             steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, _turn_hue)

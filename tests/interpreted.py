@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import cgh
-from cgh import kernels, streaming
+from cgh import colour_kernels, colours, crop_kernels, kernels, streaming, views
 from cgh.relation import infonce_term
 from tests.test_streaming import gradients, inputs, mean, readable
 
@@ -199,3 +199,42 @@ def test_half_precision_with_local_views_centring_and_more_pairs() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
     for found, truth in zip(gradients(loss, z, view), gradients(expected, exact_z, exact_view), strict=True):
         assert torch.linalg.norm(found - truth) <= 2e-2 * torch.linalg.norm(truth)
+
+
+def test_the_parameters_of_the_colours() -> None:
+    uniform = colours.draw(200, torch.Generator().manual_seed(0))
+    for jitter in (views.JITTER, (0.9, 0.0, 1.5, 0.5)):
+        expected = colours.Draws(uniform, jitter).parameters()
+        torch.testing.assert_close(colour_kernels.parameters_of(uniform, jitter), expected, rtol=1e-5, atol=1e-6)
+
+
+def images(*shape: int) -> Tensor:
+    torch.manual_seed(0)
+    coarse = torch.rand(shape[0], 3, 6, 6)
+    return F.interpolate(coarse, shape[1:], mode="bilinear").mul(255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(6, 40, 40), (5, 20, 33)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_colours_and_blur(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    batch = [images(*shape), images(*shape).flip(3).contiguous(memory_format=torch.channels_last)]
+    augment = views.Augmentation(jitter=(0.9, 0.9, 0.9, 0.4), memory_format=memory_format)
+    uniform = augment.draw(shape[0], seed=1)
+    for view, drawn, expected in zip(batch, (uniform, None), augment.transform(batch, uniform), strict=True):
+        output = torch.empty_like(expected, memory_format=memory_format)
+        colour_kernels.augment(view, drawn, augment.jitter, True, augment.mean, augment.std, output)
+        torch.testing.assert_close(output, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "scale"),
+    [((8, 40, 40), 32, (0.2, 1.0)), ((5, 33, 70), 17, (0.05, 0.4)), ((3, 20, 90), 16, (0.9, 1.0))],
+)
+def test_crops(shape: tuple[int, ...], size: int, scale: tuple[float, float]) -> None:
+    batch, crops = images(*shape), views.BatchCrops(size, scale)
+    uniform = crops.draw(batch.shape, seed=3)
+    strided = batch.contiguous(memory_format=torch.channels_last)
+    found = crop_kernels.crop(strided, uniform, size, scale, views.RATIO)
+    for view, expected in zip(found, crops.transform(batch, uniform), strict=True):
+        assert (view.int() - expected.int()).abs().max() <= 1
+        assert (view != expected).float().mean() < 0.05  # halves, which are rounded up

@@ -187,7 +187,7 @@ def test_each_jitter_is_torchvisions_within_its_strength(strength: float, at: in
 
 
 def test_the_order_of_the_jitters_is_each_images_own() -> None:
-    order = colours.Draws(2400, views.JITTER).order
+    order = colours.Draws(colours.draw(2400), views.JITTER).order
     kinds, counts = order.unique(dim=0, return_counts=True)
     assert len(kinds) == 24
     assert counts.min() > 60
@@ -195,7 +195,7 @@ def test_the_order_of_the_jitters_is_each_images_own() -> None:
 
 def test_colours_are_torchvisions_image_by_image() -> None:
     n, jitter = 96, (0.9, 0.9, 0.9, 0.4)  # strong enough to leave [0, 1] between the steps
-    draws = colours.Draws(n, jitter, torch.Generator().manual_seed(0))
+    draws = colours.Draws(colours.draw(n, torch.Generator().manual_seed(0)), jitter)
     images = photographs(n) / 255
     steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     expected = []
