@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import xml.dom.minidom
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +117,6 @@ def test_dark_drawings_are_the_light_ones_in_other_colours() -> None:
     for drawing in darken.DRAWINGS:
         light, dark = ((DOCS / "images" / f"{drawing}{end}.svg").read_text(encoding="utf-8") for end in ("", "-dark"))
         assert darken.darken(light) == dark
+        for text in (light, dark):
+            xml.dom.minidom.parseString(text)  # a browser shows nothing of what is not well formed
         assert not set(darken.DARK) & set(re.findall(r"#[0-9a-f]{6}", dark))

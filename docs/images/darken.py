@@ -38,7 +38,7 @@ DARK = {
 def darken(drawing: str) -> str:
     """Return an SVG with every light colour replaced by its dark counterpart, and black, which goes without saying."""
     dark = re.sub("|".join(DARK), lambda colour: DARK[colour[0]], drawing)
-    return dark.replace("<svg ", f'<svg fill="{DARK["#000000"]}" ', 1)
+    return dark.replace("<svg ", f'<svg style="fill: {DARK["#000000"]}" ', 1)
 
 
 if __name__ == "__main__":
