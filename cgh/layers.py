@@ -30,10 +30,10 @@ class Layer(NamedTuple):
 
 
 class LayerTable(list[Layer]):
-    """Layers, in the order in which they first ran; printed as a table."""
+    """Layers, in the order in which they first ran; shown as a table."""
 
     @override
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = self._cells()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -66,7 +66,7 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
         depth: only names of at most so many parts; `layer1.0.conv1` has three.
 
     Returns:
-        A list of `Layer` that prints as a table.
+        A list of `Layer` that shows itself as a table.
 
     Raises:
         TypeError: `model` is no module.
@@ -77,7 +77,7 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
         >>> layers = cgh.list_layers(torchvision.models.swin_t(), image_size=64, depth=2)
         >>> layers[0]
         Layer(name='features.0', shape=(96, 16, 16), stride=4, layout='NHWC')
-        >>> print(layers)  # doctest: +ELLIPSIS
+        >>> layers  # doctest: +ELLIPSIS
         layer       map           stride  layout
         features.0  96 x 16 x 16  4       NHWC
         features.1  96 x 16 x 16  4       NHWC

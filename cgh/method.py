@@ -191,6 +191,10 @@ class CGH(Counted):
             loss = loss + 0 * student[name].sum()
         return CGHOutput(loss, infonce, terms, weights, student, teacher)
 
+    @override
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
     @distributed.outside_graphs
     def update(self, *outputs: CGHOutput) -> None:
         """Finish a step of the optimiser, after it: move the teacher, the centres if any, and fill the memory.

@@ -100,6 +100,10 @@ class EMATeacher(Counted):
         self.averages.write(ours)
         self._advance()
 
+    @override
+    def extra_repr(self) -> str:
+        return f"momentum={self.momentum}"
+
     def _parameters_with(self, student: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The teacher's parameters and the student's by name, checked where they are not those of the last update."""
         known = self._known

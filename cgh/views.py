@@ -258,6 +258,11 @@ class Augmentation(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @override
+    def extra_repr(self) -> str:
+        weak = self.weak is not None
+        return f"colour={self.colour}, blur={self.blur}, weak={weak}, jitter={self.jitter}, dtype={self.dtype}"
+
+    @override
     def forward(self, views: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
         """Return the views as the network wants them; `seed` alone decides, and no other generator is touched."""
         for i, view in enumerate(views):

@@ -144,6 +144,10 @@ def test_what_shows_itself() -> None:
     expected = f"Augmentation(colour=True, blur=True, weak=True, {jitter}, dtype=torch.float32)"
     assert repr(views.Augmentation()) == expected
     assert repr(cgh.BatchShuffle(3)) == "BatchShuffle(seed=3)"
+    model = method(momentum=0.99, warmup_steps=5)
+    assert repr(model).startswith("CGH(\n  weights=LossWeights(warmup_steps=5)\n")
+    assert "momentum=0.99\n" in repr(model.teacher)
+    assert repr(cgh.list_layers(Images(), 8)).splitlines()[0].split() == ["layer", "map", "stride", "layout"]
 
 
 def test_help_says_what_a_call_returns() -> None:
