@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -363,29 +364,46 @@ def _same(a: Any, b: Any, name: str = "") -> None:
 def loss_rows(report: Report) -> None:
     """Time and memory of both losses beside the matrices kept, and beside their products alone."""
     large, small = ((256, 131_072, 512), (256, 4096, 128)) if not report.small else ((32, 8192, 64), (32, 1024, 32))
-    repetitions = 3 if report.small else 20
-    rows = losses.inputs(*large)
-    for name, aim in (("cross-context", 0.25), ("InfoNCE", 0.3)):
-        found = losses.costs(
-            {which: losses.LOSSES[name][which] for which in ("ours", losses.BASELINE)}, rows, repetitions
-        )
-        ours, kept = found["ours"], found[losses.BASELINE]
-        sizes = "N {:,}, K {:,}, D {:,}".format(*large)
-        report.rows.append(Row(f"{name}, {sizes}", 1e3 * ours.seconds, 1e3 * kept.seconds, losses.BASELINE, aim))
-        if name == "cross-context":
-            alone = 1e3 * losses.PRODUCTS[name] * losses.product_seconds(*large)
-            report.rows.append(Row("the same", 1e3 * ours.seconds, alone, "its products alone", 2.2))
-            report.rows.append(Row("extra memory", ours.megabytes, kept.megabytes, losses.BASELINE, 1 / 20, unit="MB"))
+    for name, sizes, aim in (("cross-context", large, 0.25), ("InfoNCE", large, 0.3), ("cross-context", small, 0.5)):
+        rows = losses.inputs(*sizes)
         half = {context: bank.bfloat16() for context, bank in rows[2].items()}
-        with_half = losses.costs({"ours": losses.LOSSES[name]["ours"]}, (*rows[:2], half), repetitions)["ours"]
-        what = f"{name}, bfloat16 banks"
-        report.rows.append(Row(what, 1e3 * with_half.seconds, 1e3 * kept.seconds, losses.BASELINE, aim))
-    del rows, half
-    implementations = {which: losses.LOSSES["cross-context"][which] for which in ("ours", losses.BASELINE)}
-    found = losses.costs(implementations, losses.inputs(*small), repetitions)
-    what = "cross-context, N {:,}, K {:,}, D {:,}".format(*small)
-    ours, kept = (1e3 * found[which].seconds for which in ("ours", losses.BASELINE))
-    report.rows.append(Row(what, ours, kept, losses.BASELINE, 0.5))
+        ours, what = losses.LOSSES[name]["ours"], "{}, N {:,}, K {:,}, D {:,}".format(name, *sizes)
+        turns: dict[str, losses.Loss] = {
+            "": ours,
+            ", bfloat16 banks": lambda z, t, _, ours=ours, half=half: ours(z, t, half),
+            losses.BASELINE: losses.LOSSES[name][losses.BASELINE],
+        }
+        found = losses.costs(turns, rows, 3 if report.small else 20)
+        kept = found.pop(losses.BASELINE)
+        for which, cost in found.items():
+            report.rows.append(Row(what + which, 1e3 * cost.seconds, 1e3 * kept.seconds, losses.BASELINE, aim))
+        if sizes == large:
+            megabytes = found[""].megabytes
+            report.rows.append(Row("its extra memory", megabytes, kept.megabytes, losses.BASELINE, 1 / 20, unit="MB"))
+            products = 1e3 * losses.PRODUCTS[name] * losses.product_seconds(*sizes)
+            report.rows.append(Row(what, 1e3 * found[""].seconds, products, "its products alone", 2.2))
+        if ON_GPU:
+            # Without the host, which in training is ahead of the device: as a graph of its kernels.
+            runs = {which: partial(losses.gradients, loss, rows) for which, loss in turns.items()}
+            alone = {which: _replayed(run) for which, run in runs.items()}
+            base = alone.pop(losses.BASELINE)
+            for which, milliseconds in alone.items():
+                label = f"{what}{which}, the device's part"
+                report.rows.append(Row(label, milliseconds, base, losses.BASELINE, aim))
+
+
+def _replayed(run: Callable[[], object], repetitions: int = 20) -> float:
+    """Return milliseconds of `run`'s kernels, replayed as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return 1000 * statistics.median(losses.seconds(graph.replay) for _ in range(repetitions))
 
 
 def view_rows(report: Report) -> None:
