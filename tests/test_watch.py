@@ -203,12 +203,14 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
     internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = watch.WandB(project="cgh", mode="offline", dir=str(tmp_path))
     logger.log(3, {"loss": 0.5, "knn/top1": 50.0})
     logger.log(4, {"loss": 0.25})
     logger.run.finish()
+    wandb.teardown()  # waits for the process that writes the file, as finish() does not
     (path,) = tmp_path.rglob("*.wandb")  # to be uploaded
     histories = [record.history for record in map(internal.Record.FromString, records(path)) if record.history.item]
     logged = [
