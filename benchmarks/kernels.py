@@ -2,8 +2,8 @@
 
 python benchmarks/kernels.py            # some minutes; --help for the options
 
-Compiles the relation kernel for a compute capability at several widths, with the tiling that it would take there, and
-asks NVIDIA's assembler, which comes with Triton, what a thread and a program need.
+Compiles the relation kernel for a compute capability at several widths, with the tiling that it takes there: the
+first whose program fits. NVIDIA's assembler, which comes with Triton, says what a thread and a program need.
 """
 
 from __future__ import annotations
@@ -54,8 +54,17 @@ class Needs:
     """The instruction that multiplies."""
 
 
+def taken(capability: int, dim: int, bank: str, same: bool) -> tuple[kernels.Tiling, Needs]:
+    """Return the tiling of the relation kernel at one size, the first that fits, and what it needs."""
+    for tiling in kernels.tilings(256, dim, dim, same, int(bank[2:]) // 8, SHARED[capability]):
+        needs = compiled(capability, dim, bank, same, tiling)
+        if needs.shared <= SHARED[capability]:
+            return tiling, needs
+    raise ValueError(f"no tiling fits compute capability {capability / 10} and embeddings of width {dim}")
+
+
 def compiled(capability: int, dim: int, bank: str, same: bool, tiling: kernels.Tiling) -> Needs:
-    """Return what the relation kernel needs at one size."""
+    """Return what the relation kernel needs at one size, in one tiling."""
     pointers = dict.fromkeys(("centre", "maximum", "total", "sums"), "*fp32")
     pointers |= dict.fromkeys(("bank", "target"), f"*{bank}") | {"query": "*bf16"}
     constants = {
@@ -117,9 +126,8 @@ def main(config: Config) -> None:
         for dim in config.dims:
             for bank in config.banks:
                 for same in (True, False):
-                    tiling = kernels.tilings(256, dim, dim, same, int(bank[2:]) // 8, SHARED[capability])[0]
                     start = time.perf_counter()
-                    needs = compiled(capability, dim, bank, same, tiling)
+                    tiling, needs = taken(capability, dim, bank, same)
                     table.add_row(
                         f"{capability / 10}",
                         f"{dim:,}",
@@ -128,7 +136,7 @@ def main(config: Config) -> None:
                         f"{tiling.rows} x {tiling.bank_rows} x {tiling.columns}, {tiling.stages}, {tiling.warps}",
                         str(needs.registers),
                         str(needs.spilled),
-                        f"{needs.shared / 1024:.0f}" + ("" if needs.shared <= SHARED[capability] else " (too much)"),
+                        f"{needs.shared / 1024:.0f}",
                         needs.tensor_cores,
                         f"{time.perf_counter() - start:.0f}",
                     )

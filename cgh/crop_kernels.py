@@ -20,7 +20,7 @@ def crop(
 
     Args:
         images: uint8 `(N, 3, H, W)`, of any strides.
-        uniform: of `BatchCrops.draw`, `(2, N, 23)`, contiguous.
+        uniform: of `BatchCrops.draw`, `(2, N, DRAWN)`, contiguous.
         size: side of the views in pixels.
         scale: least and greatest area, as a share of the image's.
         ratio: least and greatest ratio of the sides.
@@ -30,7 +30,7 @@ def crop(
     with torch.cuda.device_of(images):
         _crop[2 * n, triton.cdiv(size * size, BLOCK)](
             images, *images.stride(), uniform, views, n, height, width, size,
-            *scale, *(math.log(side) for side in ratio), BLOCK=BLOCK,
+            *scale, *(math.log(side) for side in ratio), DRAWN=uniform.shape[-1], BLOCK=BLOCK,
         )  # fmt: skip
     strong, weak = views
     return strong, weak
@@ -53,11 +53,11 @@ def _place(pixel, size, extent, centre, side):
 @triton.jit
 def _crop(
     images, n_stride, c_stride, h_stride, w_stride, uniform, views, n, height, width, size,
-    smallest, largest, narrowest, widest, BLOCK: tl.constexpr,
+    smallest, largest, narrowest, widest, DRAWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one view of one image."""
     view = tl.program_id(0)
-    uniform += view * 23
+    uniform += view * DRAWN
     # The first of ten boxes that fits, or else the whole image.
     across, down = 1.0, 1.0
     found = view < 0

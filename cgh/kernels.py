@@ -142,36 +142,36 @@ def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -
         target: `(K, E)`, which may be the bank.
         centre: `(K,)`, divided by the temperature.
     """
-    size, widths = len(bank), (query.shape[1], target.shape[1])
+    (rows, width), (size, target_width) = query.shape, target.shape
     same = bank.data_ptr() == target.data_ptr() and bank.stride() == target.stride() and bank.shape == target.shape
     query, bank, target = (x if x.stride(1) == 1 else x.contiguous() for x in (query, bank, target))
     limit = limits(query.device)
-    for tiling in tilings(len(query), *widths, same, max(bank.itemsize, target.itemsize), limit.shared):
-        key = (tiling, query.device, widths, same, query.dtype, bank.dtype, target.dtype, centre is None)
+    for tiling in tilings(rows, width, target_width, same, max(bank.itemsize, target.itemsize), limit.shared):
+        key = (tiling, query.device, width, target_width, same, query.dtype, bank.dtype, target.dtype, centre is None)
         if key in _too_large:
             continue
-        blocks, slices = divided(len(query), tiling.rows), divided(widths[1], tiling.columns)
-        parts = max(1, limit.processors * (2 if max(widths) <= 128 else 1) // (blocks * slices))
+        blocks, slices = divided(rows, tiling.rows), divided(target_width, tiling.columns)
+        parts = max(1, limit.processors * (2 if max(width, target_width) <= 128 else 1) // (blocks * slices))
         part = divided(divided(size, parts), tiling.bank_rows) * tiling.bank_rows
         parts = divided(size, part)
-        maximum, total = query.new_empty(2, parts, len(query), dtype=torch.float32)
-        sums = maximum.new_empty(parts, len(query), widths[1])
+        maximum, total = query.new_empty(2, parts, rows, dtype=torch.float32)
+        sums = maximum.new_empty(parts, rows, target_width)
         with torch.cuda.device_of(query):
             try:
                 _relate[blocks, parts, slices](
-                    query, bank, target, centre, maximum, total, sums, len(query), size, part,
+                    query, bank, target, centre, maximum, total, sums, rows, size, part,
                     query.stride(0), bank.stride(0), target.stride(0),
                     SAME=same, CENTRED=centre is not None,
-                    WIDTH=widths[0], TARGET_WIDTH=widths[1], D=padded(widths[0]), E=tiling.columns,
+                    WIDTH=width, TARGET_WIDTH=target_width, D=padded(width), E=tiling.columns,
                     ROWS=tiling.rows, BANK_ROWS=tiling.bank_rows, num_warps=tiling.warps, num_stages=tiling.stages,
                 )  # fmt: skip
             except OutOfResources:
                 _too_large.add(key)
                 continue
-            logsumexp, mean = maximum.new_empty(len(query)), maximum.new_empty(len(query), widths[1])
-            _combine[(len(query),)](
-                maximum, total, sums, logsumexp, mean, len(query), parts,
-                WIDTH=widths[1], D=padded(widths[1]), PARTS=power_of_2(parts), num_warps=4,
+            logsumexp, mean = maximum.new_empty(rows), maximum.new_empty(rows, target_width)
+            _combine[(rows,)](
+                maximum, total, sums, logsumexp, mean, rows, parts,
+                WIDTH=target_width, D=padded(target_width), PARTS=power_of_2(parts), num_warps=4,
             )  # fmt: skip
         return logsumexp, mean
     return None
