@@ -1,11 +1,11 @@
 """Which part of the quickstart's gain is relations, which is two contexts, which is learning across?
 
-python examples/study/digits.py run        # every method with every seed, on the CPU; then the table and the picture
+python examples/study/digits.py run        # every method with every seed, on the CPU; then the table and the pictures
 python examples/study/digits.py table      # both again, from the rows that are there
 python examples/study/digits.py factors    # one setting changed at a time, judged by training images held out
 
 The quickstart's digits, network, views, optimiser and settings; the methods of the study. A finished run is a row of
-docs/results/digits.csv, and is not repeated.
+docs/results/digits.csv, and is not repeated; what it knew on the way is in digits-curves.csv.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import tyro
 from factors import FACTORS, factors_table, measure
 from methods import METHODS, TARGETS, Learner, Settings
-from results import add_rows, commit, markdown, mean_and_spread, read_rows
+from results import add_rows, commit, markdown, mean_and_spread, mean_curves, read_rows
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 import cgh
 from cgh import diagnostics, plot
+from cgh.modes import evaluating
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -38,6 +40,8 @@ HELD_OUT = 300  # training images that judge `factors`, which never opens the te
 RESULTS = HERE.parents[1] / "docs" / "results"
 console = Console()
 
+Row: TypeAlias = Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,11 +50,14 @@ class Run:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 80
+    every: int = 10
+    """Epochs from one evaluation to the next."""
     settings: Settings = field(default_factory=lambda: SETTINGS)
     """The quickstart's, for all methods; runs with others need a file of results of their own."""
     results: Path = RESULTS / "digits.csv"
-    """Gets a row for each run."""
-    picture: Path = HERE.parents[1] / "docs" / "images" / "digits-methods.svg"
+    """Gets a row for each run; a file beside it, whose name ends in "-curves", one for each evaluation."""
+    pictures: Path = HERE.parents[1] / "docs" / "images"
+    """Folder of digits-methods.svg and digits-curves.svg."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Table:
-    """Print the table and draw the picture."""
+    """Print the table and draw the pictures."""
 
     results: Path = Run.results
-    picture: Path = Run.picture
+    pictures: Path = Run.pictures
 
 
 def main(command: Run | Factors | Table) -> None:
@@ -88,18 +95,27 @@ def main(command: Run | Factors | Table) -> None:
         for seed in command.seeds:
             for name in command.methods:
                 if (name, str(seed), str(command.epochs)) not in done:
-                    figures = train(name, seed, command.epochs, command.settings)
-                    row = {"method": name, "seed": seed, "epochs": command.epochs, **figures}
-                    add_rows(command.results, [row])
-                    console.print(row)
-    table(read_rows(command.results), command.picture)
+                    run = {"method": name, "seed": seed, "epochs": command.epochs}
+                    figures, evaluations = train(name, seed, command.epochs, command.settings, every=command.every)
+                    add_rows(command.results, [run | figures])
+                    add_rows(beside(command.results), [run | evaluation for evaluation in evaluations])
+                    console.print(run | figures)
+    runs = {
+        name: {s: rows[-1] for s, rows in seeds.items()}
+        for name, seeds in by_method(read_rows(command.results)).items()
+    }
+    if not runs:
+        sys.exit("there are no runs yet; `run` makes them.")
+    table(runs)
+    draw(runs, command.pictures / "digits-methods.svg")
+    draw_curves(by_method(read_rows(beside(command.results))), command.pictures / "digits-curves.svg")
 
 
 def factors(command: Factors) -> None:
     """Judge one change at a time by training images that no run trains on."""
 
     def judge(settings: Settings, _: str, seed: int) -> dict[str, Any]:
-        figures = train(command.method, seed, command.epochs, settings, held_out=HELD_OUT)
+        figures, _ = train(command.method, seed, command.epochs, settings, held_out=HELD_OUT)
         return {"epochs": command.epochs, **figures}
 
     measure(command.results, command.method, SETTINGS, command.noise_seeds, command.seeds, judge, command.factors)
@@ -107,9 +123,12 @@ def factors(command: Factors) -> None:
 
 
 def train(
-    name: str, seed: int, epochs: int, settings: Settings = SETTINGS, held_out: int = 0
-) -> dict[str, float | None]:
-    """Return how good the embeddings are that a method learns, and what its teacher's relations are like."""
+    name: str, seed: int, epochs: int, settings: Settings = SETTINGS, held_out: int = 0, every: int = 0
+) -> tuple[dict[str, float | None], list[dict[str, float]]]:
+    """Return how good the embeddings are that a method learns, and what its teacher's relations are like.
+
+    Besides, how good they were after each `every` epochs and at the end.
+    """
     images, labels = digits()
     if held_out:
         images, labels = images[:TRAIN], labels[:TRAIN]
@@ -121,8 +140,8 @@ def train(
     schedule = cgh.LearningRate(base=3e-3, steps=steps, warmup_steps=steps // 20)
     optimizer = torch.optim.AdamW(learner.student.parameters(), weight_decay=1e-4)
     torch.manual_seed(seed)  # every method sees the same views
-    start, step = time.monotonic(), 0
-    for _ in track(range(epochs), f"{name}-{seed}", console=console, disable=not console.is_terminal):
+    start, step, evaluations = time.monotonic(), 0, list[dict[str, float]]()
+    for epoch in track(range(1, epochs + 1), f"{name}-{seed}", console=console, disable=not console.is_terminal):
         for batch in torch.randperm(count).split(BATCH)[: count // BATCH]:
             optimizer.param_groups[0]["lr"] = schedule(step)
             loss, teacher = learner(strong_view(images[batch]), weak_view(images[batch]), learner.weights(step))
@@ -131,25 +150,45 @@ def train(
             optimizer.step()
             learner.update(teacher)
             step += 1
+        if every and (epoch % every == 0 or epoch == epochs):
+            _, z = embed(learner, images)
+            evaluations.append({"epoch": epoch} | dict(zip(QUANTITIES, accuracies(z, labels, count), strict=True)))
     seconds = time.monotonic() - start
     targets = learner.targets(images[:count])
-    with torch.no_grad():
-        learner.student.eval()
-        features = learner.student.extractor(images)
-        z = learner.student.project(features, contexts=["global"])["global"]
+    features, z = embed(learner, images)
     figures: dict[str, float | None] = dict(zip(QUANTITIES, accuracies(z, labels, count), strict=True))
-    pooled = {f"{q}, pooled": x for q, x in zip(QUANTITIES, accuracies(features.pooled, labels, count), strict=True)}
-    rank = diagnostics.effective_rank(features.pooled[:count]).item()
+    pooled = {f"{q}, pooled": x for q, x in zip(QUANTITIES, accuracies(features, labels, count), strict=True)}
+    rank = diagnostics.effective_rank(features[:count]).item()
     figures |= pooled | {name: targets.get(name) for name in TARGETS} | {"rank": rank}
-    return figures | {"images/s": steps * BATCH / seconds}
+    return figures | {"images/s": steps * BATCH / seconds}, evaluations
 
 
-def table(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
-    """Print means and spreads over the seeds, and what CGH has more than each, seed by seed; draw the former."""
+@torch.no_grad()
+def embed(learner: Learner, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the student's pooled features of `images` and its global embeddings."""
+    with evaluating(learner.student):
+        features = learner.student.extractor(images)
+        return features.pooled, learner.student.project(features, contexts=["global"])["global"]
+
+
+def beside(results: Path) -> Path:
+    """Return the file of the evaluations on the way."""
+    return results.with_stem(f"{results.stem}-curves")
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Return the rows of each seed of each method, of the longest runs alone."""
+    longest = max((int(row["epochs"]) for row in rows), default=0)
+    runs: dict[str, dict[str, list[Row]]] = {name: {} for name in METHODS}
+    for row in rows:
+        if int(row["epochs"]) == longest:
+            runs[row["method"]].setdefault(row["seed"], []).append(row)
+    return {name: of_method for name, of_method in runs.items() if of_method}
+
+
+def table(runs: Mapping[str, Mapping[str, Row]]) -> None:
+    """Print means and spreads over the seeds, and what CGH has more than each, seed by seed."""
     columns = (*QUANTITIES, *(f"{q}, pooled" for q in QUANTITIES), *TARGETS, "rank")
-    runs = {n: {r["seed"]: r for r in rows if r["method"] == n} for n in METHODS if any(r["method"] == n for r in rows)}
-    if not runs:
-        sys.exit("there are no runs yet; `run` makes them.")
     cells = [["method", "seeds", *columns]]
     for name, of_method in runs.items():
         values = [[float(r[c]) for r in of_method.values() if r.get(c)] for c in columns]
@@ -164,10 +203,9 @@ def table(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
             gains = [[float(across[s][c]) - float(of_method[s][c]) for s in seeds] for c in QUANTITIES]
             cells.append([METHODS[name].title, str(len(seeds)), *(mean_and_spread(gain, 1, "+") for gain in gains)])
     print(markdown(cells))
-    draw(runs, picture)
 
 
-def draw(runs: Mapping[str, Mapping[str, Mapping[str, str]]], picture: Path) -> None:
+def draw(runs: Mapping[str, Mapping[str, Row]], picture: Path) -> None:
     """Draw every run as a dot and every method's mean as a line, one panel a quantity."""
     from matplotlib.figure import Figure
 
@@ -182,6 +220,17 @@ def draw(runs: Mapping[str, Mapping[str, Mapping[str, str]]], picture: Path) -> 
         axes.grid(axis="x", color=plot.FAINT)
     panels[0].set_yticks(range(len(runs)), [METHODS[name].title for name in runs])
     panels[0].invert_yaxis()
+    plot.save(figure, picture)
+
+
+def draw_curves(runs: Mapping[str, Mapping[str, Sequence[Row]]], picture: Path) -> None:
+    """Draw how good every method's embeddings were on the way, the mean over its seeds."""
+    curves = {METHODS[name].title: mean_curves([*seeds.values()], QUANTITIES) for name, seeds in runs.items()}
+    if not curves:
+        return
+    figure = plot.curves(curves, size=(9, 4.2))
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
     plot.save(figure, picture)
 
 

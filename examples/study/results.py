@@ -57,6 +57,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def mean_curves(
+    runs: Sequence[Sequence[Mapping[str, str]]], quantities: Sequence[str]
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Return every quantity by epoch, the mean over runs that were evaluated at the same epochs."""
+    epochs = [int(row["epoch"]) for row in runs[0]]
+    return {
+        f"{quantity}, %": (
+            epochs,
+            [statistics.mean(float(row[quantity]) for row in rows) for rows in zip(*runs, strict=True)],
+        )
+        for quantity in quantities
+    }
+
+
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV; a row need not have every column."""
     text = io.StringIO()

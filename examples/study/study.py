@@ -30,7 +30,7 @@ from factors import FACTORS, factors_table, measure
 from graph import Graphed
 from images import Images, load
 from methods import METHODS, TARGETS, Learner, Method, Settings, resnet18
-from results import add_rows, markdown, mean_and_spread, read_rows, to_csv
+from results import add_rows, markdown, mean_and_spread, mean_curves, read_rows, to_csv
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
@@ -542,7 +542,7 @@ def _less(ours: float | None, theirs: float | None) -> float | None:
 
 def _draw(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]], path: Path) -> None:
     """Draw the neighbours' accuracy by epoch, the mean over seeds, above lines for the baselines."""
-    curves = {METHODS[name].title: _curves([*runs[name].values()]) for name in METHODS if name in runs}
+    curves = {METHODS[name].title: mean_curves([*runs[name].values()], QUANTITIES) for name in METHODS if name in runs}
     if not curves:
         return
     figure = plot.curves(curves)
@@ -562,18 +562,6 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def _curves(runs: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, tuple[list[int], list[float]]]:
-    """The neighbours' accuracy by epoch, the mean over seeds."""
-    epochs = [int(row["epoch"]) for row in runs[0]]
-    return {
-        f"{quantity}, %": (
-            epochs,
-            [statistics.mean(float(row[quantity]) for row in rows) for rows in zip(*runs, strict=True)],
-        )
-        for quantity in QUANTITIES
-    }
 
 
 def _difference(settings: Settings) -> str:

@@ -388,7 +388,7 @@ def test_targets_tell_how_sharp_the_teacher_is(methods: ModuleType) -> None:
 def test_the_digits_by_every_method(study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     digits = importlib.import_module("digits")
-    paths = {"results": tmp_path / "digits.csv", "picture": tmp_path / "digits.png"}
+    paths = {"results": tmp_path / "digits.csv", "pictures": tmp_path}
     digits.main(digits.Run(methods=("ressl", "across", "three"), seeds=(0,), epochs=1, **paths))
     rows = list(csv.DictReader(paths["results"].open()))
     assert [row["method"] for row in rows] == ["ressl", "across", "three"]
@@ -398,7 +398,11 @@ def test_the_digits_by_every_method(study: ModuleType, tmp_path: Path, capsys: p
     digits.main(digits.Table(**paths))
     assert paths["results"].read_text() == text
     assert "| relations across (CGH) | 1 | " in capsys.readouterr().out
-    assert paths["picture"].stat().st_size > 10_000
+    assert all((tmp_path / f"digits-{name}.svg").stat().st_size > 10_000 for name in ("methods", "curves"))
+    curves = list(csv.DictReader((tmp_path / "digits-curves.csv").open()))
+    assert [(row["method"], row["epoch"]) for row in curves] == [(row["method"], "1") for row in rows]
+    # Evaluated on the way and at the end, which is the same here.
+    assert [row["20 neighbours"] for row in curves] == [row["20 neighbours"] for row in rows]
 
 
 def test_images_are_decoded_once_and_scaled_by_area(study: ModuleType, tmp_path: Path) -> None:
