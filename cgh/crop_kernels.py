@@ -58,16 +58,14 @@ def _crop(
     """A block of one view of one image."""
     view = tl.program_id(0)
     uniform += view * DRAWN
-    # The first of ten boxes that fits, or else the whole image.
+    # The first of ten boxes that fits, or else the whole image: from the last to the first, each in place of the others.
     across, down = 1.0, 1.0
-    found = view < 0
-    for i in tl.static_range(10):
+    for i in tl.static_range(9, -1, -1):
         area = (smallest + (largest - smallest) * tl.load(uniform + i)) * height * width
         ratio = tl.exp(narrowest + (widest - narrowest) * tl.load(uniform + 10 + i))
         x, y = tl.sqrt(area * ratio) / width, tl.sqrt(area / ratio) / height
-        takes = (x <= 1) & (y <= 1) & (not found)
-        across, down = tl.where(takes, x, across), tl.where(takes, y, down)
-        found = found | takes
+        fits = (x <= 1) & (y <= 1)
+        across, down = tl.where(fits, x, across), tl.where(fits, y, down)
     x_centre = (1 - across) * (2 * tl.load(uniform + 20) - 1)
     y_centre = (1 - down) * (2 * tl.load(uniform + 21) - 1)
     across = tl.where(tl.load(uniform + 22) < 0.5, -across, across)
