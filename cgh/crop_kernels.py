@@ -58,7 +58,7 @@ def _crop(
     """A block of one view of one image."""
     view = tl.program_id(0)
     uniform += view * DRAWN
-    # The first of ten boxes that fits, or else the whole image: from the last to the first, each in place of the others.
+    # The first of ten boxes that fits, or else the whole image. From the last to the first, so that it stays.
     across, down = 1.0, 1.0
     for i in tl.static_range(9, -1, -1):
         area = (smallest + (largest - smallest) * tl.load(uniform + i)) * height * width
