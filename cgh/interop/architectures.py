@@ -71,6 +71,11 @@ def create(
         raise TypeError(
             f"arch is a {type(arch).__name__}; pass a name, such as 'resnet50' or 'timm/vit_small_patch16_224'."
         )
+    _check_name(arch)
+    if isinstance(image_size, (int, float, str)) and not (isinstance(image_size, int) and image_size > 0):
+        raise ValueError(f"image_size is {image_size!r}; it is the side of the images in pixels, such as 224.")
+    if drop_path is not None and not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path is {drop_path}; it is a probability, 0 or more and below 1.")
     try:
         model = (
             _in_timm(arch, image_size, drop_path)
@@ -81,8 +86,10 @@ def create(
         raise ValueError(
             f"{arch} takes no such option: {error}. Leave out drop_path, or choose another arch."
         ) from error
-    except AssertionError as error:
-        raise ValueError(f"{arch} cannot be built for images of {image_size} pixels: {error}.") from error
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{arch} cannot be built for images of {image_size} pixels: {str(error).rstrip('.')}."
+        ) from error
     if small_images:
         _use_small_stem(model, arch)
     return model
@@ -95,7 +102,7 @@ def default_layers(backbone: nn.Module) -> tuple[str, str]:
     vision transformer, those at two thirds of the depth and at its end.
 
     Raises:
-        ValueError: the backbone is of another library, or of a class whose stages are not known.
+        ValueError: the backbone is of another library, or of a class whose stages are not known or not apart.
 
     Example:
         >>> import cgh
@@ -106,8 +113,12 @@ def default_layers(backbone: nn.Module) -> tuple[str, str]:
     stages = getattr(backbone, "feature_info", None)
     if stages is not None:
         stages = list(stages)
-        finer = [stage["module"] for stage in stages if stage["reduction"] < stages[-1]["reduction"]]
-        return finer[-1] if finer else _two_thirds([stage["module"] for stage in stages]), stages[-1]["module"]
+        names = [_last_module(backbone, stage["module"]) for stage in stages]
+        coarsest = stages[-1]["reduction"]
+        finer = [name for name, stage in zip(names, stages, strict=True) if stage["reduction"] < coarsest]
+        before, last = finer[-1] if finer else _two_thirds(names), names[-1]
+        if before and last and before != last:
+            return before, last
     if name == "VisionTransformer":
         blocks = [f"encoder.layers.{block}" for block, _ in backbone.get_submodule("encoder.layers").named_children()]
         return _two_thirds(blocks), blocks[-1]
@@ -118,6 +129,15 @@ def default_layers(backbone: nn.Module) -> tuple[str, str]:
     if name in LAYERS:
         return LAYERS[name]
     raise ValueError(f"no layers are known for a {name}; name them: cgh.list_layers(backbone) shows what there is.")
+
+
+def _last_module(backbone: nn.Module, name: str) -> str:
+    """The name of what gives a stage's output, the last block of a list of them; "" where there is no such stage."""
+    try:
+        stage = backbone.get_submodule(name)
+    except AttributeError:  # some of timm's tables name what is not there
+        return ""
+    return f"{name}.{len(stage) - 1}" if isinstance(stage, nn.ModuleList) and len(stage) else name
 
 
 def _two_thirds(blocks: list[str]) -> str:
@@ -133,11 +153,29 @@ def torchvision_names() -> list[str]:
     return names
 
 
+def _check_name(arch: str) -> None:
+    if not arch.startswith(TIMM):
+        if arch not in torchvision_names():
+            raise ValueError(_unknown(arch))
+        return
+    timm = require("timm", extra="timm")
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise ValueError(_unknown(arch))
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the architecture is known, and what follows its dot is not
+        bare, _, tag = name.partition(".")
+        tagged = ", ".join(timm.list_pretrained(f"{bare}.*"))
+        raise ValueError(
+            f"arch is {arch!r}, and timm has no {bare} of the name {tag!r}; the architecture is {TIMM}{bare}"
+            f"{tagged and f', and its weights are {tagged}'}."
+        ) from error
+
+
 def _in_torchvision(arch: str, image_size: int | None, drop_path: float | None) -> nn.Module:
     import torchvision
 
-    if arch not in torchvision_names():
-        raise ValueError(_unknown(arch))
     options: dict[str, Any] = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
     if image_size is not None and arch.startswith("vit_"):
         options["image_size"] = image_size
@@ -152,8 +190,6 @@ def _in_torchvision(arch: str, image_size: int | None, drop_path: float | None) 
 def _in_timm(arch: str, image_size: int | None, drop_path: float | None) -> nn.Module:
     timm = require("timm", extra="timm")
     name = arch.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise ValueError(_unknown(arch))
     options: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     if image_size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         options["img_size"] = image_size

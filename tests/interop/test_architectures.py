@@ -83,6 +83,10 @@ def test_blocks_are_left_out_in_the_student_alone(arch: str) -> None:
         ("ResNet50", "close names: resnet50, "),
         ("", "such names are resnet50"),
         ("squeezenet1_0", "no classifier of torchvision"),
+        (
+            "timm/test_vit.nothing",
+            "no test_vit of the name 'nothing'; the architecture is timm/test_vit, and its weights",
+        ),
     ],
 )
 def test_a_name_that_no_library_knows(arch: str, message: str) -> None:
@@ -97,10 +101,32 @@ def test_options_that_an_architecture_has_not() -> None:
         build_backbone("resnet18", drop_path=0.1)
     with pytest.raises(ValueError, match="vit_b_16 cannot be built for images of 33 pixels: .* patch size"):
         build_backbone("vit_b_16", image_size=33)
+    with pytest.raises(ValueError, match="maxvit_t cannot be built for images of 64 pixels: Input size"):
+        build_backbone("maxvit_t", image_size=64)
+    with pytest.raises(ValueError, match="image_size is 0; it is the side"):
+        build_backbone("timm/test_vit", image_size=0)
+    for arch in ("convnext_tiny", "timm/test_convnext"):
+        with pytest.raises(ValueError, match=r"drop_path is 1\.5; it is a probability"):
+            build_backbone(arch, drop_path=1.5)
     with pytest.raises(TypeError, match="arch is a ResNet; pass a name, such as 'resnet50'"):
         build_backbone(build_backbone("resnet18"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layers are known for a Sequential"):
         default_layers(nn.Sequential())
+
+
+@pytest.mark.parametrize("arch", ["timm/mvitv2_tiny", "timm/twins_svt_small", "timm/crossvit_tiny_240"])
+def test_stages_that_timm_names_wrongly_are_to_be_named(arch: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match="no layers are known for a .*list_layers"):
+        default_layers(build_backbone(arch))
+
+
+def test_of_a_stage_that_is_a_list_the_last_block_is_taken() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone("timm/coat_lite_tiny")
+        layers = default_layers(backbone)
+        assert layers == ("serial_blocks3.1", "serial_blocks4.1")
+        features = cgh.HypercolumnExtractor(backbone, layers, prefix_tokens=1)
+        assert features(torch.randn(1, 3, 224, 224)).hypercolumn.shape == (1, 576, 7, 7)
 
 
 @pytest.mark.parametrize("arch", ["timm/vit_tiny_patch16_224", "timm/convnext_atto", "convnext_tiny"])
