@@ -84,6 +84,8 @@ class Recipe:
     layers: tuple[str, ...] = ()
     """Stages whose maps make the hypercolumn, coarsest last; by default the architecture's last two. Several
     hypercolumns, each a context, are named: shallow=layer1,layer2 deep=layer3,layer4."""
+    prefix_tokens: int | None = None
+    """Class and register tokens before those of a grid, row by row, where the backbone does not say how many."""
     pairs: tuple[str, ...] = ()
     """What learns from what, LEARNER:GUIDE such as global:hypercolumn; by default every context from each other."""
     student_temperature: tuple[str, ...] = spelled(STUDENT_TEMPERATURE)
@@ -527,7 +529,10 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
     if config.init:
         trained = cgh.interop.trained_backbone(config.init, config.arch, config.small_images)
         backbone.load_state_dict(trained.state_dict())
-    config.layers = config.layers or cgh.interop.default_layers(backbone)
+    try:
+        config.layers = config.layers or cgh.interop.default_layers(backbone)
+    except ValueError as error:
+        raise with_layers(error, backbone, config) from error
     method = parse(config.layers, config.pairs, config.student_temperature, config.teacher_temperature)
     momentum: float | cgh.TeacherMomentum = config.teacher_momentum
     if config.teacher_momentum_end is not None:
@@ -536,8 +541,7 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
         backbone = cgh.SplitBatchNorm2d.convert(backbone, config.batch_norm_splits)
     try:
         model = cgh.CGH(
-            backbone,
-            method.hypercolumns,
+            cgh.HypercolumnExtractor(backbone, method.hypercolumns, prefix_tokens=config.prefix_tokens),
             dim={
                 name: config.dim if name == "global" else config.hypercolumn_dim or config.dim
                 for name in method.contexts
@@ -557,9 +561,14 @@ def build_model(config: Config, infonce_steps: int, steps: int) -> tuple[cgh.CGH
     except ValueError as error:
         if "layer" not in str(error):
             raise
-        table = cgh.list_layers(backbone, config.crop_size, depth=LISTED_DEPTH)
-        raise ValueError(f"--layers {' '.join(config.layers)}: {error}\n{table}") from error
+        raise with_layers(error, backbone, config) from error
     return model.to(memory_format=torch.channels_last) if config.channels_last else model, method
+
+
+def with_layers(error: ValueError, backbone: nn.Module, config: Config) -> ValueError:
+    """Return an error about layers with the table of those that there are."""
+    table = cgh.list_layers(backbone, config.crop_size, depth=LISTED_DEPTH)
+    return ValueError(f"{' '.join(['--layers', *config.layers])}: {error}\n{table}")
 
 
 def build_optimizer(model: cgh.CGH, config: Config) -> torch.optim.Optimizer:

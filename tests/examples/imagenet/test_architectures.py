@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -57,3 +58,16 @@ def test_layers_that_do_not_fit_are_answered_by_those_that_do(root: Path, tmp_pa
     assert failed.wait() == 1
     assert "--layers layer4: the backbone (VisionTransformer) has no layer 'layer4'" in failed.text()
     assert "blocks.11             192 x 2 x 2  16      NLC" in failed.text()
+
+
+def test_a_backbone_without_known_layers_or_prefix_tokens() -> None:
+    pretrain = importlib.import_module("pretrain")
+    told = [*SMALL, "--root=images", "--folder=run"]
+    with pytest.raises(ValueError, match="--layers: no layers are known for a Twins.*\n *layer "):
+        pretrain.build_model(pretrain.parse_arguments([*told, "--arch=timm/twins_svt_small"]), 0, 1)
+    config = pretrain.parse_arguments([*told, "--arch=timm/gmlp_ti16_224"])
+    with pytest.raises(ValueError, match="unknown number of prefix tokens"):
+        pretrain.build_model(config, 0, 1)
+    config.prefix_tokens = 0
+    model, _ = pretrain.build_model(config, 0, 1)
+    assert model.student.extractor.prefix_tokens == (0,)
