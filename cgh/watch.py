@@ -21,6 +21,7 @@ from cgh.distributed import gather, mean, rank_and_world_size
 from cgh.evaluate import extract_features, knn
 from cgh.extras import require
 from cgh.interop.backbone import find_backbone
+from cgh.labels import integer_labels
 from cgh.losses import CrossContextLoss
 from cgh.method import CGH, CGHOutput
 from cgh.relation import RelationMatrix
@@ -68,6 +69,7 @@ class Watch:
         batch_size: images at a time, for the neighbours.
 
     Raises:
+        TypeError: a logger without `log`.
         ValueError: `every`, `neighbours_every` or `k` below 1, or one of `train` and `test` without the other.
 
     Example:
@@ -95,6 +97,13 @@ class Watch:
             raise ValueError(f"every is {every}, neighbours_every {neighbours_every} and k {k}; each is at least 1.")
         if (train is None) != (test is None):
             raise ValueError("neighbours need both train, whose labels vote, and test, which is classified.")
+        for logger in loggers if isinstance(loggers, (list, tuple)) else [loggers]:
+            if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
+                raise TypeError(
+                    f"a logger is {logger!r:.80}; each has a method log(step, figures), as cgh.watch.CSV(path) has."
+                )
+        if not isinstance(loggers, (list, tuple)):
+            raise TypeError(f"loggers are a {type(loggers).__name__}; pass a list of them, such as loggers=[logger].")
         self.model, self.loggers, self.every, self.probe = unwrap(model), list(loggers), every, probe
         self.train, self.test, self.neighbours_every, self.k = train, test, neighbours_every, k
         self.batch_size = batch_size
@@ -105,6 +114,7 @@ class Watch:
         self._probed: list[Tensor] = []  # loss and accuracy of every batch since the last look
         self._highest: dict[str, float] = {}
         self._warned = False
+        self._step = 0  # the last one that was looked at
 
     @override
     def __repr__(self) -> str:
@@ -124,7 +134,8 @@ class Watch:
         """Look at a step before the memory takes its batch in; return the figures, if it was time for any.
 
         Args:
-            step: counted from 1.
+            step: counted from 1; of several calls with one step, as for the parts of a batch whose gradients are
+                accumulated, the first looks, and the probe learns in each.
             output: of a `cgh.CGH`, or the student's embeddings by context.
             labels: classes `(N,)` of the images, for the probe; -1 of those that have none.
             figures: of the loop's own, such as its learning rate, to be logged too.
@@ -135,9 +146,10 @@ class Watch:
             self._probed.append(self.probe.learn(self._seen.features, labels))
         self._seen.features = None
         found: dict[str, float] = {}
-        if step % self.every == 0:
+        new, self._step = step != self._step, step
+        if new and step % self.every == 0:
             found |= dict(figures or {}) | self._look(output)
-        if self.train is not None and self.test is not None and step % self.neighbours_every == 0:
+        if new and self.train is not None and self.test is not None and step % self.neighbours_every == 0:
             found |= self._neighbours(self.train, self.test)
         if found and rank_and_world_size()[0] == 0:
             for logger in self.loggers:
@@ -154,6 +166,11 @@ class Watch:
                 losses["loss/infonce"] = output.infonce
             figures |= {name: mean(loss.detach()) for name, loss in losses.items()}
             embeddings = {"student": output.student, "teacher": output.teacher}
+        elif not isinstance(output, Mapping):
+            raise TypeError(
+                f"the output is a {type(output).__name__}; pass what the CGH returned, or the student's embeddings by "
+                'context, such as {"global": z}.'
+            )
         else:
             embeddings = {"student": dict(output)}
         for who, contexts in embeddings.items():
@@ -207,7 +224,9 @@ class OnlineProbe:
         device: where the features are.
 
     Raises:
-        ValueError: on `learn`, features of another width, or labels outside the classes.
+        TypeError: on `learn`, labels that are no integers.
+        ValueError: a width below 1 or classes below 2; on `learn`, features of another width, or labels outside the
+            classes.
 
     Example:
         >>> import torch, cgh
@@ -222,6 +241,8 @@ class OnlineProbe:
     def __init__(
         self, width: int, classes: int, learning_rate: float = 0.03, device: str | torch.device = "cpu"
     ) -> None:
+        if width < 1 or classes < 2:
+            raise ValueError(f"width is {width} and classes {classes}; they are 1 and 2 at least.")
         self.width, self.classes = width, classes
         self.norm = nn.BatchNorm1d(width, affine=False, device=device)
         self.weight = torch.zeros(classes, width, device=device, requires_grad=True)
@@ -237,8 +258,9 @@ class OnlineProbe:
 
         Args:
             features: `(N, W)`.
-            labels: `(N,)`; images of -1 are left out.
+            labels: `(N,)`, of any integer type; images below 0 are left out.
         """
+        labels = integer_labels(labels)
         if features.ndim != 2 or features.shape[1] != self.width or labels.shape != features.shape[:1]:
             raise ValueError(
                 f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}; this probe learns from "
@@ -246,7 +268,7 @@ class OnlineProbe:
             )
         if labels.device.type == "cpu" and labels.numel() and labels.max() >= self.classes:
             raise ValueError(f"a label is {int(labels.max())}; the probe has classes 0 to {self.classes - 1}.")
-        labels = labels.to(features.device)
+        labels = labels.to(features.device).clamp(min=-1)
         known = (labels >= 0).sum().clamp(min=1)
         with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
             logits = F.linear(self.norm(features.detach().float()), self.weight, self.bias)
@@ -304,8 +326,8 @@ class MLflow:
         uri: of the tracking server, or a folder or database; by default what MLflow is set to.
     """
 
-    def __init__(self, experiment: str, uri: str | None = None) -> None:
-        client = require("mlflow", extra="watch").MlflowClient(uri)
+    def __init__(self, experiment: str, uri: str | os.PathLike[str] | None = None) -> None:
+        client = require("mlflow", extra="watch").MlflowClient(None if uri is None else os.fspath(uri))
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment)
         self.client, self.run = client, client.create_run(number).info.run_id

@@ -160,12 +160,37 @@ def test_bad_input() -> None:
         probe.learn(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="a label is 2; the probe has classes 0 to 1"):
         probe.learn(torch.randn(4, WIDTH), torch.tensor([0, 1, 2, 0]))
+    for labels in ([0, 1, 1, -3], torch.tensor([0, 1, 1, 0], dtype=torch.int32)):
+        assert probe.learn(torch.randn(4, WIDTH), labels).isfinite().all()  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"labels are torch.float32; classes are integers"):
+        probe.learn(torch.randn(4, WIDTH), torch.zeros(4))
+    with pytest.raises(ValueError, match="width is 8 and classes 0"):
+        watch.OnlineProbe(WIDTH, classes=0)
     with pytest.raises(ValueError, match="call the model first"):
         watch.Watch(Backbone(), probe=probe)(1, {"global": unit(4, 8)}, torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="every is 0"):
         watch.Watch(Backbone(), every=0)
     with pytest.raises(ValueError, match="both train"):
         watch.Watch(Backbone(), train=labelled())
+    with pytest.raises(TypeError, match=r"the output is a Tensor; pass what the CGH returned"):
+        watch.Watch(Backbone(), every=1)(1, unit(4, 8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loggers are a Kept; pass a list"):
+        watch.Watch(Backbone(), Kept())  # type: ignore[arg-type]
+    for logger in ("runs", Kept, object()):
+        with pytest.raises(TypeError, match=r"a logger is .*; each has a method log\(step, figures\)"):
+            watch.Watch(Backbone(), [logger])  # type: ignore[list-item]
+
+
+def test_of_the_parts_of_one_step_the_first_is_looked_at_and_the_probe_learns_from_all() -> None:
+    kept, backbone = Kept(), Backbone()
+    probe = watch.OnlineProbe(WIDTH, classes=2)
+    look = watch.Watch(backbone, [kept], every=1, probe=probe)
+    images, labels = labelled(8).tensors
+    for step in (0, 0, 1, 1, 2):
+        before = probe.weight.detach().clone()
+        look(step, {"global": backbone(images)}, labels)
+        assert not torch.equal(probe.weight, before)
+    assert [step for step, _ in kept.rows] == [1, 2]
 
 
 def test_csv_is_appended_to(tmp_path: Path) -> None:
