@@ -39,7 +39,7 @@ def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
     arch: str | None = None,
-    image_size: int = 224,
+    image_size: int | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     heads: bool = False,
@@ -60,7 +60,7 @@ def save_pretrained(
         folder: is made if missing.
         arch: as for `build_backbone`; by default what a timm model says of itself, or the ResNet of torchvision that
             the tensors fit.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels; by default the one that the backbone is built for, or 224.
         mean: of the three channels, taken off images in 0 to 1 before the backbone sees them.
         std: of the three channels, by which they are divided then.
         heads: write the student's projection heads too.
@@ -69,8 +69,8 @@ def save_pretrained(
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the architecture is not known or is another one (keys and shapes are listed), or `heads` of a model
-            that has none.
+        ValueError: the architecture is not known or is another one (keys and shapes are listed), `heads` of a model
+            that has none, or a size, mean or deviation that images cannot have.
 
     Example:
         >>> import tempfile, torch, cgh
@@ -81,6 +81,10 @@ def save_pretrained(
         torch.Size([2, 512])
     """
     backbone, folder = find_backbone(model), Path(folder)
+    mean, std = ([float(x) for x in values] for values in (mean, std))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean is {mean} and std {std}; each is of three channels, and std above 0.")
+    image_size = _built_for(backbone) if image_size is None else image_size
     about: dict[str, Any] = {"image_size": image_size}
     encoder = _encoder(model)
     if heads and encoder is None:
@@ -341,7 +345,23 @@ def _say_arch(backbone: nn.Module) -> str:
     if said and "architecture" in said:
         return TIMM + str(said["architecture"])
     state = backbone.state_dict()
-    return find_arch(state, has_small_stem(state), f"the backbone ({type(backbone).__name__})")
+    try:
+        return find_arch(state, has_small_stem(state), "")
+    except ValueError as error:
+        raise ValueError(
+            f"the backbone ({type(backbone).__name__}) does not say its architecture, and is no ResNet of torchvision; "
+            "name it: arch='mobilenet_v2', for example. One of no library is for save_backbone."
+        ) from error
+
+
+def _built_for(backbone: nn.Module) -> int:
+    """The side of the images that a transformer has positions for; of others, which take any, the usual."""
+    for where, name in (("patch_embed", "img_size"), ("config", "image_size")):  # of timm's and of Hugging Face's
+        size = getattr(getattr(backbone, where, None), name, getattr(backbone, name, None))
+        size = size[0] if isinstance(size, (list, tuple)) else size
+        if isinstance(size, int):
+            return size
+    return 224
 
 
 def _is_transformers(backbone: nn.Module) -> bool:

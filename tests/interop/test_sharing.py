@@ -110,8 +110,18 @@ def test_a_folder_that_does_not_fit(tmp_path: Path) -> None:
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="misshapen: layer1.0.conv1.weight is"):
         save_pretrained(trained("resnet18"), tmp_path, "resnet50")
-    with pytest.raises(ValueError, match="does not say its architecture"):
+    with pytest.raises(ValueError, match="is no ResNet of torchvision; name it: arch='mobilenet_v2'"):
         save_pretrained(nn.Linear(2, 2), tmp_path)
+    for mean, std in (([0.5], [0.5]), ([0.5] * 3, [0.0] * 3)):
+        with pytest.raises(ValueError, match="each is of three channels, and std above 0"):
+            save_pretrained(trained("resnet18"), tmp_path, mean=mean, std=std)
+
+
+def test_the_size_is_that_of_the_backbone_and_the_mean_may_be_an_array(tmp_path: Path) -> None:
+    save_pretrained(build_backbone("timm/test_vit", image_size=64), tmp_path, mean=torch.zeros(3).numpy())
+    about = pretrained_config(tmp_path)["cgh"]
+    assert (about["image_size"], about["mean"]) == (64, [0.0] * 3)
+    assert from_pretrained(tmp_path)(torch.randn(2, 3, 64, 64)).shape == (2, 64)
 
 
 class Code:
