@@ -187,6 +187,11 @@ class HypercolumnExtractor(nn.Module):
             raise TypeError(
                 f"images are {images.dtype}; make them floating point, such as images.float() / 255, and normalise."
             )
+        if images.ndim != 4:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; a batch is (N, 3, H, W), of one image images[None], and of "
+                "several views each by itself."
+            )
         if images.shape[0] == 0:
             raise ValueError(f"the batch is empty: images have shape {tuple(images.shape)}.")
         return pooled_output(self.backbone(images), images.shape[0], self.backbone)

@@ -85,8 +85,8 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
         ...
     """
     check_module(model, "the model", 'cgh.interop.build_backbone("resnet18")')
-    image = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(image) != 2:
+    image = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    if len(image) != 2 or not all(isinstance(side, int) and side > 0 for side in image):
         raise ValueError(f"image_size is {image}; give one side, or (height, width).")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters(), torch.empty(()))

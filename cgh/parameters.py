@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cgh.interop.backbone import find_backbone
+from cgh.modes import check_module
 
 
 def parameter_groups(
@@ -42,6 +43,7 @@ def parameter_groups(
         >>> [group["weight_decay"] for group in cgh.parameter_groups(torchvision.models.resnet18(), 0.1, 1e-4)]
         [0.0001, 0.0]
     """
+    check_module(model, "the model", "a cgh.CGH's student")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}; it is above 0, and up to 1, which treats all layers alike.")
     scales = _scales(find_backbone(model), layer_decay) if layer_decay < 1 else {}

@@ -21,7 +21,8 @@ class LearningRate:
         warmup_steps: steps of warm-up, the paper's 5 epochs' worth.
 
     Raises:
-        ValueError: not `0 <= warmup_steps <= steps`; on a call, a step outside `0 <= step <= steps`.
+        ValueError: `base` below zero, or not `0 <= warmup_steps <= steps`; on a call, a step outside
+            `0 <= step <= steps`.
 
     Example:
         >>> import cgh
@@ -35,6 +36,8 @@ class LearningRate:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
+        if not self.base >= 0:
+            raise ValueError(f"base is {self.base}; a learning rate is 0 or more.")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps} of {self.steps} steps; it lies between 0 and steps.")
 

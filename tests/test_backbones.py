@@ -214,6 +214,9 @@ def test_layouts_of_unknown_layers_or_names_are_refused(layouts: Any) -> None:
 
 def test_a_layer_that_gives_neither_map_nor_tokens_is_refused() -> None:
     features = cgh.HypercolumnExtractor(small_vit(), ["heads"])
+    for size in (64.0, 0, (64, 64, 3)):
+        with pytest.raises(ValueError, match=r"image_size is .*; give one side, or \(height, width\)"):
+            cgh.list_layers(nn.Conv2d(3, 8, 3), size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layer 'heads' gave shape \(2, 32\);.*list_layers"):
         features(torch.randn(2, 3, 64, 64))
 

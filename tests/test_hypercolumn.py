@@ -283,6 +283,8 @@ def test_outputs_that_are_not_maps(images: Tensor) -> None:
 
 
 def test_bad_images(features: cgh.HypercolumnExtractor, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images have shape \(3, 64, 64\); a batch is \(N, 3, H, W\)"):
+        features(torch.zeros(3, 64, 64))
     with pytest.raises(TypeError, match="images are torch.uint8; make them floating point"):
         features(images.to(torch.uint8))
     with pytest.raises(ValueError, match=r"batch is empty: .*\(0, 3, 64, 64\)"):

@@ -90,5 +90,7 @@ def test_bad_input() -> None:
     for decay in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"layer_decay is .*; it is above 0, and up to 1"):
             cgh.parameter_groups(plain, 0.1, layer_decay=decay)
+    with pytest.raises(TypeError, match=r"the model is a list; pass an nn\.Module"):
+        cgh.parameter_groups([*plain.parameters()], 0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layer_decay is 0\.5, and in a Sequential no blocks follow one another"):
         cgh.parameter_groups(plain, 0.1, layer_decay=0.5)

@@ -37,6 +37,8 @@ def test_drives_a_torch_scheduler() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="warmup_steps is 11 of 10 steps"):
         cgh.LearningRate(0.1, steps=10, warmup_steps=11)
+    with pytest.raises(ValueError, match="base is -0.1; a learning rate is 0 or more"):
+        cgh.LearningRate(-0.1, steps=10)
     with pytest.raises(ValueError, match="step is 11 of 10"):
         cgh.LearningRate(0.1, steps=10)(11)
     with pytest.raises(ValueError, match="warmup_steps is -1"):

@@ -85,8 +85,16 @@ def extract_features(
     with evaluating(model):
         for batch in progress(batches) if progress and rank == 0 else batches:
             images, classes = _labelled(batch)
-            with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-                output = pooled_output(model(images.to(device, non_blocking=True)), len(images), model)
+            try:
+                with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+                    output = pooled_output(model(images.to(device, non_blocking=True)), len(images), model)
+            except RuntimeError as error:
+                if images.is_floating_point():
+                    raise
+                raise TypeError(  # a model may take bytes, but most do not
+                    f"images are {images.dtype}, and the model takes none; make them floating point, such as "
+                    "images.float() / 255, and normalise."
+                ) from error
             rows = gather(output.float()), gather(classes.to(device)[:, None])[:, 0]
             for kept, part in zip((features, labels), rows, strict=True):
                 kept.append(part.cpu() if rank == 0 else part[:0].cpu())

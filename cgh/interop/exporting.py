@@ -10,6 +10,7 @@ from typing_extensions import override
 from cgh.encoder import ContextEncoder
 from cgh.hypercolumn import HypercolumnExtractor, remove_hooks
 from cgh.method import CGH
+from cgh.modes import check_module
 from cgh.wrappers import unwrap
 
 
@@ -32,6 +33,7 @@ def exportable(model: nn.Module) -> nn.Module:
         >>> program = torch.export.export(cgh.interop.exportable(model), (images,))
         >>> torch.testing.assert_close(program.module()(images), model.student.eval()(images))
     """
+    check_module(model, "the model", "a backbone, an extractor or a student")
     model = unwrap(model)
     copied = copy.deepcopy(model.student if isinstance(model, CGH) else model)
     if isinstance(copied, ContextEncoder):

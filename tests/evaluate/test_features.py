@@ -179,3 +179,15 @@ def test_a_class_is_an_integer_of_any_type(label: Any) -> None:
 def test_items_that_are_no_image_and_class(item: Any, error: str) -> None:
     with pytest.raises((TypeError, ValueError), match=error):
         extract_features(Giving(lambda x: x), [item] * 2)
+
+
+class TakingBytes(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3)) / 255
+
+
+def test_bytes_go_to_a_model_that_takes_them_alone() -> None:
+    items: Any = [(torch.full((3, 8, 8), 255, dtype=torch.uint8), 1)] * 2
+    assert extract_features(TakingBytes(), items).features.tolist() == [[1.0] * 3] * 2
+    with pytest.raises(TypeError, match=r"images are torch\.uint8, and the model takes none; make them floating"):
+        extract_features(nn.Conv2d(3, 4, 8), items)

@@ -78,3 +78,5 @@ def test_the_copy_is_evaluated_and_the_model_is_not() -> None:
     assert not copied.training
     assert model.student.training
     assert {*copied(IMAGES)} == {"global", "hypercolumn"}
+    with pytest.raises(TypeError, match="the model is 'resnet18'; pass an nn.Module"):
+        exportable("resnet18")  # type: ignore[arg-type]
