@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+from command import command, read_arguments
 
 import cgh
 
@@ -34,7 +34,7 @@ class Config:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    config = tyro.cli(Config, args=args)
+    config = read_arguments(Config, args)
     run: dict[str, Any] = cgh.checkpoint.load(config.weights).get("config", {})
     if "arch" not in run:
         raise ValueError(f"{config.weights} does not say what it was trained with; name a checkpoint of pretrain.py.")
@@ -45,4 +45,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

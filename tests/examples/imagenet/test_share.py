@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,13 @@ def test_a_checkpoint_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     cgh.checkpoint.save({"model": weights}, tmp_path / "plain.pt")
     with pytest.raises(ValueError, match="does not say what it was trained with"):
         share.main([f"--weights={tmp_path / 'plain.pt'}", given[1]])
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    given = [f"--weights={tmp_path / 'none.pt'}", f"--folder={tmp_path}"]
+    done = subprocess.run([sys.executable, EXAMPLE / "share.py", *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("share.py: ")
+    assert line.endswith("none.pt'")
