@@ -14,7 +14,8 @@ def integer_labels(labels: Any, name: str = "labels") -> Tensor:
     """Return classes as int64.
 
     Args:
-        labels: a tensor, a NumPy array or a sequence of integers of any type; booleans are the classes 0 and 1.
+        labels: a tensor, a NumPy array, a pandas series or a sequence of integers of any type; booleans are the classes
+            0 and 1.
         name: for the message.
 
     Raises:
@@ -29,8 +30,8 @@ def integer_labels(labels: Any, name: str = "labels") -> Tensor:
     """
     accepted = "classes are integers: a tensor, an array or a list of them, such as torch.tensor([0, 2, 1])"
     try:
-        if isinstance(labels, (list, tuple)):  # of Python's numbers, or NumPy's of any type
-            labels = torch.tensor([operator.index(label) for label in labels], dtype=torch.int64)
+        if not isinstance(labels, Tensor):
+            labels = _plain(labels)
         tensor = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # strings, objects, numbers that int64 does not hold
         kinds = sorted({type(x).__name__ for x in labels}) if isinstance(labels, (list, tuple)) else []
@@ -41,6 +42,27 @@ def integer_labels(labels: Any, name: str = "labels") -> Tensor:
     if tensor.dtype == torch.uint64 and (tensor.long() < 0).any():
         raise ValueError(f"{name} hold values above {2**63 - 1}; number your classes from 0.")
     return tensor.long()
+
+
+def _plain(labels: Any) -> Any:
+    """What torch makes a tensor of, which it does not of arrays of every byte order, stride and type of NumPy's."""
+    if hasattr(labels, "to_numpy"):
+        labels = labels.to_numpy()
+    if hasattr(labels, "astype"):
+        own = labels.dtype.newbyteorder("=")
+        labels = labels.tolist() if labels.dtype.kind == "O" else labels.astype(own, order="C")
+    if isinstance(labels, (list, tuple)):  # of Python's numbers, or NumPy's or torch's of any type
+        numbers = (label.item() if hasattr(label, "item") else label for label in labels)
+        return torch.tensor([operator.index(number) for number in numbers], dtype=torch.int64)
+    return labels
+
+
+def check_tensor(x: object, name: str) -> None:
+    """Raise TypeError unless `x`, which is several things called `name`, is a tensor of numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} are a {type(x).__name__}; make them a tensor, such as torch.as_tensor({name}).")
+    if x.dtype == torch.bool or x.is_complex():
+        raise TypeError(f"{name} are {x.dtype}; make them floating point, such as {name}.float().")
 
 
 def integers(values: Any, name: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Self, override
 
+from cgh import distributed
 from cgh.modes import check_module
 from cgh.state import Counted, LocalTensors
-from cgh.wrappers import plain_names, unwrap
+from cgh.wrappers import own_copy, plain_names, unwrap
 
 STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
 
@@ -78,6 +78,7 @@ class EMATeacher(Counted):
         """Return what the student would, by the teacher's parameters and without gradient."""
         return self.encoder(*args, **kwargs)
 
+    @distributed.outside_graphs
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move every parameter towards the student's, in one grouped in-place operation."""
@@ -204,6 +205,10 @@ class _Parameters:
 
 def _copy(student: nn.Module) -> nn.Module:
     """A deep copy of the student, or an error that says what cannot be copied."""
+    if isinstance(student, torch.jit.ScriptModule):
+        raise TypeError(
+            "the student is a ScriptModule; pass the module that it was made of, and script what you deploy."
+        )
     for name, x in (*student.named_parameters(), *student.named_buffers()):
         if is_lazy(x):
             raise TypeError(f"the student's {name!r} has no shape yet; run a batch through the student first.")
@@ -215,10 +220,7 @@ def _copy(student: nn.Module) -> nn.Module:
                     "copied. In place of torch.nn.utils.weight_norm or spectral_norm take those of "
                     "torch.nn.utils.parametrizations; end pruning by torch.nn.utils.prune.remove; else detach it."
                 )
-    try:
-        return copy.deepcopy(student)
-    except Exception as error:
-        raise TypeError(f"the student ({type(student).__name__}) cannot be copied: {error}") from error
+    return own_copy(student)
 
 
 def _check_alike(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:

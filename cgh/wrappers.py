@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import inspect
+from collections.abc import Iterable, Set
+from types import CellType
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
+"""Where `torch.compile`, torch's `checkpoint_wrapper` and Lightning Fabric keep a module."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside all wrappers, or the module itself.
 
     Taken off are DistributedDataParallel, DataParallel, FullyShardedDataParallel, `torch.compile`'s, torch's
-    `AveragedModel`, and `cgh.EMATeacher`, nested in any order. `torch.distributed.fsdp.fully_shard` and
-    `module.compile()` wrap nothing.
+    `AveragedModel` and `checkpoint_wrapper`, timm's `ModelEmaV2` and `ModelEmaV3`, Lightning Fabric's, and
+    `cgh.EMATeacher`, nested in any order. `torch.distributed.fsdp.fully_shard` and `module.compile()` wrap nothing.
 
     Example:
         >>> import torch
@@ -34,20 +39,60 @@ def wrapped_attribute(module: nn.Module) -> str | None:
     """Return the name under which a wrapper keeps the module inside it; None where `module` is no wrapper."""
     from cgh.teacher import EMATeacher  # which takes its student's wrappers off by this module
 
-    if isinstance(module, _WRAPPERS) or is_sharded(module):
+    if isinstance(module, _WRAPPERS) or is_sharded(module) or _is_of(module, "timm", "ModelEmaV2", "ModelEmaV3"):
         return "module"
     if isinstance(module, EMATeacher):
         return "encoder"
-    # Of torch.compile's class the attribute alone is public.
-    return "_orig_mod" if isinstance(getattr(module, "_orig_mod", None), nn.Module) else None
+    # By what they register, as several pass on what attributes the module inside has.
+    return next((name for name in _ATTRIBUTES if name in module._modules), None)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether a module is a FullyShardedDataParallel; by name, as importing the class takes most of a second."""
-    return any(
-        cls.__name__ == "FullyShardedDataParallel" and cls.__module__.startswith("torch.")
-        for cls in type(module).__mro__
-    )
+    return _is_of(module, "torch", "FullyShardedDataParallel")
+
+
+def _is_of(module: nn.Module, package: str, *names: str) -> bool:
+    return any(cls.__name__ in names and cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
+
+
+def own_copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy of the module inside all wrappers, which runs by itself.
+
+    Raises:
+        TypeError: it cannot be copied, or a function in the place of its `forward` would have the copy run the module.
+
+    Example:
+        >>> import torch
+        >>> from cgh.wrappers import own_copy
+        >>> own_copy(torch.compile(torch.nn.Linear(2, 2)))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    module = unwrap(module)
+    parts = set(module.modules())
+    for part in parts:
+        if _runs(vars(part).get("forward"), parts):
+            raise TypeError(
+                f"the forward of the {type(part).__name__} is a function that was put in its place, such as "
+                "torch.compile(net.forward). A copy would share it, and so run the original. Compile by net.compile() "
+                "or torch.compile(net), or replace forward after the copy is made."
+            )
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise TypeError(f"the {type(module).__name__} cannot be copied: {error}") from error
+
+
+def _runs(function: object, modules: Set[nn.Module], within: tuple[object, ...] = ()) -> bool:
+    """Whether a function, which a deep copy shares, keeps a module, or a method of one; a method is copied itself."""
+    if not inspect.isfunction(function) or function in within:
+        return False
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    for x in (*cells, *(function.__defaults__ or ()), *vars(function).values()):
+        owner = getattr(x, "__self__", x)
+        if (isinstance(owner, nn.Module) and owner in modules) or _runs(x, modules, (*within, function)):
+            return True
+    return False
 
 
 def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -26,6 +26,24 @@ def test_every_integer_type_gives_the_same_classes(dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_of_every_layout_give_the_same_classes() -> None:
+    expected = np.array([2, 0, 1, 100])
+    read_only = expected.copy()
+    read_only.flags.writeable = False
+    for array in (
+        expected[::-1].copy()[::-1],
+        np.repeat(expected, 2)[::2],
+        expected.astype(">i4"),
+        expected.astype(">u8"),
+        expected.astype(object),
+        read_only,
+    ):
+        assert integer_labels(array).tolist() == [2, 0, 1, 100]
+    assert integer_labels([np.bool_(True), np.int8(3), torch.tensor(4)]).tolist() == [1, 3, 4]
+    assert integer_labels(np.array(3, dtype=">i2")).tolist() == 3
+
+
 def test_booleans_are_two_classes_and_nothing_is_none() -> None:
     assert torch.equal(integer_labels(torch.tensor([True, False])), torch.tensor([1, 0]))
     assert torch.equal(integer_labels(np.array([True, False])), torch.tensor([1, 0]))
@@ -45,6 +63,9 @@ def test_booleans_are_two_classes_and_nothing_is_none() -> None:
         (["cat", "dog"], "a list of str"),
         (("cat", 1), "a tuple of int, str"),
         (np.array(["cat"]), "a ndarray"),
+        (np.array(["cat"], dtype=object), "a ndarray"),
+        ([np.float64(1.0)], "a list of float64"),
+        ([torch.tensor([1, 2])], "a list of Tensor"),
         ([None, 1], "a list of NoneType, int"),
         ({"a": 1}, "a dict"),
         ("cat", "a str"),

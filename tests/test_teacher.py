@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cgh
 from tests.conftest import small_encoder
@@ -230,3 +230,28 @@ def test_an_update_is_one_grouped_operation() -> None:
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
     assert counts["aten::_foreach_lerp_"] == 1
     assert counts.keys() - {"aten::lerp_"} == {"aten::_foreach_lerp_", "aten::add_"}, counts  # and the count
+
+
+def test_a_compiled_update_is_the_eager_one_and_no_graph_a_step() -> None:
+    student, graphs = nn.Linear(3, 3), []
+    eager, compiled = cgh.EMATeacher(student, momentum=0.5), cgh.EMATeacher(student, momentum=0.5)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(inputs)
+        return graph
+
+    update = torch.compile(compiled.update, backend=backend)
+    for _ in range(12):
+        with torch.no_grad():
+            student.weight.add_(1)
+        eager.update(student)
+        update(student)
+    assert len(graphs) <= 2
+    assert compiled.updates == 12
+    assert torch.equal(compiled.encoder.weight, eager.encoder.weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_student_is_refused() -> None:
+    with pytest.raises(TypeError, match="the student is a ScriptModule; pass the module that it was made of"):
+        cgh.EMATeacher(torch.jit.script(nn.Linear(2, 2)))

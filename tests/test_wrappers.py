@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import cgh
-from cgh.wrappers import plain_names, unwrap
+from cgh.wrappers import own_copy, plain_names, unwrap
 
 
 @pytest.fixture
@@ -48,6 +50,43 @@ def test_averages_and_shards_come_off() -> None:
             assert type(copied) is nn.Linear
             assert copied is not net
     assert unwrap(FullyShardedDataParallel(net, device_id=torch.device("cpu"))) is net
+
+
+def test_the_wrappers_of_other_tools_come_off() -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    timm = pytest.importorskip("timm.utils")
+    net = nn.Sequential(nn.Linear(2, 2))
+    for wrapper in (checkpoint_wrapper, fabric.setup_module):
+        assert unwrap(wrapper(net)) is net
+        assert unwrap(compiled(wrapper(net))) is net
+        teacher = cgh.EMATeacher(wrapper(net), momentum=0.5)
+        assert {*teacher.state_dict()} == {"encoder.0.weight", "encoder.0.bias", "_extra_state"}
+        teacher.update(wrapper(net))
+    for average in (timm.ModelEmaV2, timm.ModelEmaV3):
+        assert type(unwrap(average(net))) is nn.Sequential
+
+
+@pytest.mark.parametrize("part", ["", "0"])
+def test_a_copy_that_would_run_the_original_is_refused(part: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    changed = net.get_submodule(part)
+    changed.forward = torch.compile(changed.forward, backend="eager")
+    for make in (own_copy, cgh.EMATeacher, lambda x: cgh.evaluate.LinearProbe(x, 2, 2), cgh.interop.exportable):
+        with pytest.raises(
+            TypeError, match=rf"the forward of the {type(changed).__name__} is a function .*net.compile"
+        ):
+            make(net)
+
+
+def test_a_forward_that_a_copy_makes_its_own_is_kept() -> None:
+    net, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    net.forward = types.MethodType(lambda self, x: x @ self.weight.T, net)
+    copied = own_copy(net)
+    nn.init.zeros_(copied.weight)
+    assert not copied(x).any()
+    assert net(x).any()
+    net.forward = lambda x: 2 * x  # which runs no module
+    assert torch.equal(own_copy(net)(x), 2 * x)
 
 
 def test_a_teacher_of_a_wrapped_student_copies_and_follows_the_student_itself() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cgh.contexts import check_finite
 from cgh.extras import require
-from cgh.labels import integer_labels
+from cgh.labels import check_tensor, integer_labels
 
 
 class ClusterScores(NamedTuple):
@@ -41,6 +41,7 @@ def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -
 
     Raises:
         ImportError: scikit-learn is not installed.
+        TypeError: features that are no tensor of numbers.
         ValueError: another shape, features that are not finite, or more clusters than rows.
 
     Example:
@@ -49,6 +50,7 @@ def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -
         >>> cgh.evaluate.cluster_scores(clusters, torch.tensor([1, 0, 1, 0, 1, 0]))
         ClusterScores(accuracy=100.0, nmi=1.0, ami=1.0, ari=1.0)
     """
+    check_tensor(features, "features")
     if features.ndim != 2 or not 1 <= clusters <= len(features):
         raise ValueError(
             f"there are {clusters} clusters for features of shape {tuple(features.shape)}; features are (N, W), and "

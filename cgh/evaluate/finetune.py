@@ -63,7 +63,7 @@ def labelled_share(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
         seed: fixes which.
 
     Raises:
-        ValueError: a fraction outside that range.
+        ValueError: a fraction outside that range, no labels, labels that are not `(N,)`, or some below zero.
         TypeError: labels that are not integers.
 
     Example:
@@ -76,6 +76,12 @@ def labelled_share(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it is a share of the labels, above 0 and up to 1.")
     labels = integer_labels(labels)
+    if labels.ndim != 1 or not len(labels) or labels.min() < 0:
+        found = f"below zero {int((labels < 0).sum())} times" if labels.numel() else "empty"
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}" + f", and are {found}" * (labels.ndim == 1) + "; they are (N,), "
+            "and classes count from 0: leave images without label out."
+        )
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in labels.unique():

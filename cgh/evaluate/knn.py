@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgh.contexts import check_finite, check_temperature
-from cgh.labels import integer_labels, integers
+from cgh.labels import check_tensor, integer_labels, integers
 
 # Rows that meet in one block of similarities, so that memory does not grow with the sets: 64 MiB in float32.
 TEST_ROWS, TRAIN_ROWS = 512, 32_768
@@ -93,10 +93,11 @@ def knn(
 
 def _nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarities and indices `(N, k)` of the nearest training features, the nearest first."""
-    best = queries.new_empty(len(queries), 0)
+    dtype = torch.promote_types(queries.dtype, train_features.dtype)
+    best = queries.new_empty(len(queries), 0, dtype=dtype)
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start, block in zip(range(0, len(train_features), TRAIN_ROWS), train_features.split(TRAIN_ROWS), strict=True):
-        similarity = queries @ _unit_length(block.to(queries.device), "train").T
+        similarity = queries.to(dtype) @ _unit_length(block.to(queries.device), "train").to(dtype).T
         block_best, block_index = _top(similarity, min(k, len(block)))
         best, order = _top(torch.cat([best, block_best], dim=1), min(k, start + len(block)))
         index = torch.cat([index, block_index + start], dim=1).gather(1, order)
@@ -123,10 +124,7 @@ def _unit_length(features: Tensor, name: str) -> Tensor:
 
 def _check(name: str, features: Tensor, classes: Any) -> Tensor:
     """The labels as int64."""
-    if not isinstance(features, Tensor):
-        raise TypeError(
-            f"{name}_features are a {type(features).__name__}; make them a tensor, such as torch.as_tensor(features)."
-        )
+    check_tensor(features, f"{name}_features")
     labels = integer_labels(classes, f"{name}_labels")
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from typing_extensions import override
 
-from cgh.labels import integer_labels, integers
+from cgh.labels import check_tensor, integer_labels, integers
 from cgh.schedules import LearningRate
-from cgh.wrappers import unwrap
+from cgh.wrappers import own_copy
 
 
 class Classifier(nn.Module):
@@ -52,6 +51,9 @@ class LinearProbe(Classifier):
 
     The backbone itself is left as it is, so a probe may be made of one that is still in training.
 
+    Raises:
+        TypeError: a backbone that cannot be copied, as `cgh.EMATeacher` has it of a student.
+
     Example:
         >>> import cgh
         >>> probe = cgh.evaluate.LinearProbe(cgh.interop.resnet("resnet18"), width=512, classes=10).train()
@@ -60,7 +62,7 @@ class LinearProbe(Classifier):
     """
 
     def __init__(self, backbone: nn.Module, width: int, classes: int) -> None:
-        super().__init__(copy.deepcopy(unwrap(backbone)).requires_grad_(False), width, classes)
+        super().__init__(own_copy(backbone).requires_grad_(False), width, classes)
         self.train(self.training)
 
     @override
@@ -112,13 +114,14 @@ def accuracy(logits: Tensor, labels: Tensor, k: Sequence[int] = (1, 5)) -> tuple
     Raises:
         ValueError: shapes that do not fit together, no rows, logits that are NaN, labels outside the classes, or a `k`
             below one.
-        TypeError: labels or a `k` that are not integers.
+        TypeError: logits that are no tensor of numbers, or labels or a `k` that are not integers.
 
     Example:
         >>> import torch, cgh
         >>> cgh.evaluate.accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), k=[1, 2])
         (50.0, 100.0)
     """
+    check_tensor(logits, "logits")
     labels, tops = integer_labels(labels), integers(k, "k")
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 from typing_extensions import override
 
@@ -11,7 +9,7 @@ from cgh.encoder import ContextEncoder
 from cgh.hypercolumn import HypercolumnExtractor, remove_hooks
 from cgh.method import CGH
 from cgh.modes import check_module
-from cgh.wrappers import unwrap
+from cgh.wrappers import own_copy, unwrap
 
 
 def exportable(model: nn.Module) -> nn.Module:
@@ -35,7 +33,7 @@ def exportable(model: nn.Module) -> nn.Module:
     """
     check_module(model, "the model", "a backbone, an extractor or a student")
     model = unwrap(model)
-    copied = copy.deepcopy(model.student if isinstance(model, CGH) else model)
+    copied = own_copy(model.student if isinstance(model, CGH) else model)
     if isinstance(copied, ContextEncoder):
         copied.heads = _Heads({f"{name}_head": head for name, head in copied.heads.items()})
     elif not isinstance(copied, HypercolumnExtractor):

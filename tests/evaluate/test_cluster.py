@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,3 +64,17 @@ def test_a_share_of_the_labels_is_balanced_fixed_by_its_seed_and_grows_to_all() 
     assert torch.equal(labelled_share(labels, 1.0), torch.arange(300))
     with pytest.raises(ValueError, match="fraction is 10"):
         labelled_share(labels, 10)
+
+
+def test_features_are_a_tensor_of_numbers() -> None:
+    with pytest.raises(TypeError, match="features are a ndarray; make them a tensor"):
+        kmeans(np.eye(3), clusters=2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([], r"shape \(0,\), and are empty"), ([0, -1, -1], "below zero 2 times"), ([[0], [1]], r"shape \(2, 1\); they")],
+)
+def test_a_share_of_what_is_no_list_of_classes_is_refused(labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        labelled_share(torch.tensor(labels, dtype=torch.int64), 0.5)

@@ -139,3 +139,14 @@ def test_labels_and_counts_that_are_no_integers() -> None:
         cgh.evaluate.knn(features, labels, features, ["cat"] * 4, k=1)
     with pytest.raises(TypeError, match="k is 1.5; it is an integer"):
         cgh.evaluate.knn(features, labels, features, labels, k=1.5)
+
+
+def test_features_may_be_of_two_precisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 8, generator=generator), torch.arange(40) % 4
+    for train, test in (
+        (torch.float16, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ):
+        assert cgh.evaluate.knn(x.to(train), labels, x.to(test), labels, k=1) == {1: (100.0, 100.0)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,3 +131,9 @@ def test_accuracy_takes_integers_and_refuses_nan() -> None:
         accuracy(logits, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r"k is \[0\]"):
         accuracy(logits, torch.tensor([0, 1]), k=[0])
+
+
+@pytest.mark.parametrize("logits", [np.eye(2), [[1.0, 0.0]], torch.eye(2) > 0], ids=lambda x: type(x).__name__)
+def test_logits_are_a_tensor_of_numbers(logits: Any) -> None:
+    with pytest.raises(TypeError, match="logits are .*; make them"):
+        accuracy(logits, torch.arange(len(logits)), k=[1])
