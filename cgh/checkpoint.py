@@ -44,8 +44,8 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         path: its folder is made if missing.
 
     Raises:
-        TypeError: a value is something else, which `load` would refuse; the message names its key and what to write in
-            its place. What was there before is untouched.
+        TypeError: a value is something else, which `load` would refuse, or a tensor on meta; the message names its key
+            and what to write in its place. What was there before is untouched.
         OSError: the file cannot be written, as on a full disk. What was there before is untouched.
 
     Example:
@@ -186,6 +186,8 @@ def _check_plain(value: Any, key: str, around: tuple[int, ...]) -> None:
             f"{key or 'the state'} is a {kind}, which checkpoint.load would refuse, as reading it runs code; write "
             f"{_remedy(value)} in its place."
         )
+    if isinstance(value, Tensor) and value.is_meta:
+        raise TypeError(f"{key or 'the state'} is on meta, where tensors have no values; fill or load the model first.")
     around = (*around, id(value))
     if isinstance(value, dict):
         for name, x in value.items():

@@ -296,3 +296,16 @@ def test_a_refusal_names_the_classes_and_never_advises_to_run_them(tmp_path: Pat
     with pytest.raises(ValueError, match="not a checkpoint of plain data") as error:
         checkpoint.load(path)
     assert "weights_only" not in str(error.value)
+
+
+def test_tensors_without_values_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    checkpoint.save({"epoch": 1}, path)
+    with torch.device("meta"):
+        state = torch.nn.Linear(2, 2).state_dict()
+    writer = checkpoint.Writer(lambda state: checkpoint.save(state, path))
+    for save in (lambda state: checkpoint.save(state, path), writer.save):
+        with pytest.raises(TypeError, match=r"model\.weight is on meta, where tensors have no values"):
+            save({"model": state})
+    writer.wait()
+    assert checkpoint.load(path) == {"epoch": 1}
