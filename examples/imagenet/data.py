@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 from einops import rearrange
-from files import BadImageError, decode, is_image, list_folders, list_images, read_image
+from files import BadImageError, decode, is_hidden, is_image, list_folders, list_images, read_image
 from run import leave_signals_to_the_run
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -439,14 +439,15 @@ def _up_to_dot(name: str, first: bool = False) -> str:
 
 def _label(path: Path, file: BinaryIO, extents: Mapping[str, tuple[int, int]], keys: Sequence[str]) -> int | None:
     """The number in a KEY.cls, or by "label" or "cls" in a KEY.json; None without."""
-    for name in (key + suffix for key in keys for suffix in (".cls", ".json")):
+    spelled = (key + suffix for key in keys for suffix in (".cls", ".json", ".CLS", ".JSON"))
+    for name in spelled:
         if name not in extents:
             continue
         offset, size = extents[name]
         file.seek(offset)
         content = file.read(size)
         try:
-            if name.endswith(".cls"):
+            if name.lower().endswith(".cls"):
                 label = int(content)
             else:
                 fields = json.loads(content)
@@ -486,7 +487,7 @@ class Found(NamedTuple):
 
 
 def _folders(root: Path, split: Split, expected: str = FOLDERS) -> Found:
-    train = root / "train" if (root / "train").is_dir() else root
+    train = _first(root, "train") or root
     folder = _first(root, "val", "test") if split == "val" else train
     classes = list_folders(folder) if folder else []
     files = {name: [] for name in classes}
@@ -560,7 +561,8 @@ def _torchvision(root: Path, split: Split, dataset: type[Any], unpacked: str) ->
 
 def _shards(root: Path, split: Split, suffix: str | None) -> Found:
     name = "val" if split == "val" else "train"
-    paths = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+    found = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+    paths = [path for path in found if not is_hidden(path.name)]
     if not paths:
         _fail(root, split, f"{name}/*.tar or *{name}*.tar")
     shards = Shards(paths, root / f"{name}-index.npz", suffix)
@@ -598,7 +600,10 @@ def _subset(
 
 
 def _first(root: Path, *names: str) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """The folder of one of these names, in whatever case, as the file systems of Windows and macOS have it."""
+    found = {name.lower(): name for name in list_folders(root)}
+    spelled = [name if (root / name).is_dir() else found.get(name) for name in names]
+    return next((root / name for name in spelled if name), None)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 SUFFIXES = (*JPEG, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+# Of these Pillow decodes what it was built for; the others are told as images that cannot be decoded, not passed over.
+SUFFIXES += (".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".mpo", ".tga")
+BITS_PER_SAMPLE = 258  # TIFF's tag
 TOOLS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
@@ -119,12 +122,16 @@ def decode_by_pillow(encoded: bytes) -> Tensor:
     with Image.open(io.BytesIO(encoded)) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16 bits, which Pillow holds in 32 at times: converting would clip them
+            if max(getattr(file, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))) > 16:
+                raise ValueError("its values are of 32 bits and of no known range; store it in 8 or 16 bits")
             values = np.array(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65_535:
                 raise ValueError(f"values from {values.min()} to {values.max()} are not of 16 bits")
             return torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
         if image.mode == "F":
             raise ValueError("its values are floats of no known range; store it in 8 or 16 bits")
+        if isinstance(image.info.get("transparency"), bytes):  # of a palette, which Pillow warns of
+            image = image.convert("RGBA")
         pixels = np.array(image.convert("RGB"))
     return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
 

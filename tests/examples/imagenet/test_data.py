@@ -224,6 +224,7 @@ def make_shard(path: Path, files: dict[str, bytes | None], links: dict[str, str]
         ({"./train/a.left.png": None, "./train/a.cls": b"3"}, {"./train/a.left.png": 3}),
         ({"x/0.png": None, "x/0.cls": b"0", "y/0.png": None, "y/0.cls": b"1"}, {"x/0.png": 0, "y/0.png": 1}),
         ({"a.PNG": None, "a.json": b'{"label": 3, "caption": "a cat"}'}, {"a.PNG": 3}),
+        ({"A.JPG": None, "A.CLS": b"3", "B.JPG": None, "B.JSON": b'{"cls": 2}'}, {"A.JPG": 3, "B.JPG": 2}),
         ({"a.png": None, "a.json": b'{"caption": "a cat"}'}, {"a.png": -1}),
         ({"a.png": None, "__MACOSX/._a.png": b"attributes", "._a.png": b"attributes"}, {"a.png": -1}),
         ({os.fsdecode(b"caf\xe9.png"): None}, {os.fsdecode(b"caf\xe9.png"): -1}),
@@ -284,6 +285,12 @@ def test_links_in_shards(tmp_path: Path) -> None:
         load(tmp_path, "train", "webdataset")
 
 
+def test_what_tools_keep_beside_shards_is_none(tmp_path: Path) -> None:
+    make_shard(tmp_path / "train" / "0.tar", {"a.png": None, "a.cls": b"1"})
+    (tmp_path / "train" / "._0.tar").write_bytes(b"attributes")
+    assert load(tmp_path, "train", "webdataset").labels.tolist() == [1]
+
+
 def test_a_broken_index_is_written_anew(tmp_path: Path) -> None:
     load(make_shards(tmp_path), "train", "webdataset")
     index = tmp_path / "train-index.npz"
@@ -318,6 +325,7 @@ def make_files(root: Path, *names: str | bytes) -> Path:
         (["train/a/1.png", "train/a/.thumbnails/1.png", "train/a/deep/er/2.png", "train/b/.x.png"], [0, 0], ["a", "b"]),
         (["train/a/1.png", "train/2.png", "unlabeled/3.png", "unlabeled/.cache/3.png"], [0, -1, -1], ["a"]),
         ([b"train/caf\xe9/\xff.png", "train/x/雪 2.png"], [0, 1], [os.fsdecode(b"caf\xe9"), "x"]),
+        (["Train/a/1.png", "Train/b.c/2.v2.JPEG", "VAL/a/3.png", "VAL/b.c/4.png"], [0, 1], ["a", "b.c"]),
     ],
 )
 def test_every_image_once_and_no_hidden_folder_a_class(
@@ -327,6 +335,25 @@ def test_every_image_once_and_no_hidden_folder_a_class(
     assert (data.labels.tolist(), data.classes) == (labels, sorted(classes))
     seen = {data[i][0].numpy().tobytes() for i in range(len(data))}
     assert len(seen) == len(labels)
+
+
+def test_the_folders_of_splits_are_told_in_any_case(tmp_path: Path) -> None:
+    root = make_files(tmp_path, "Train/a/1.png", "Train/b/2.png", "Test/a/3.png", "Test/b/4.png", "Unlabeled/5.png")
+    assert load(root, "val").labels.tolist() == [0, 1]
+    assert load(root, "train").labels.tolist() == [0, 1]
+    assert load(root, "unlabelled").labels.tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("name", ["2.heic", "2.HEIF", "2.jxl"])
+def test_a_photograph_that_is_not_decoded_is_told_and_not_passed_over(tmp_path: Path, name: str) -> None:
+    from files import BadImageError
+
+    root = make_files(tmp_path, "1.png")
+    (root / name).write_bytes(b"no format that Pillow knows")
+    data = load(root, "unlabelled")
+    assert len(data) == 2
+    with pytest.raises(BadImageError, match=f"{name} .* cannot be decoded"):
+        _ = data[1]
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
@@ -422,8 +449,18 @@ def test_floats_are_refused(decode: Any) -> None:
         decode(buffer.getvalue(), "x")
 
 
+def test_integers_of_32_bits_are_refused(decode: Any) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="x .* cannot be decoded: its values are of 32 bits and of no known range"):
+        decode(buffer.getvalue(), "x")
+
+
 def test_decoding_warns_of_nothing(recwarn: pytest.WarningsRecorder, decode: Any) -> None:
     decode(encoded(0, "JPEG"), "x")
+    palette, buffer = picture(0).convert("P"), io.BytesIO()
+    palette.save(buffer, "PNG", transparency=bytes(range(256)))
+    assert torch.equal(decode(buffer.getvalue(), "x"), pixels(palette.convert("RGB")))
     assert not recwarn.list
 
 
