@@ -54,6 +54,10 @@ def small_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(64, 16, num_layers=12, num_heads=2, hidden_dim=32, mlp_dim=64)
 
 
+def small_maxvit() -> nn.Module:
+    return torchvision.models.MaxVit((64, 64), 8, 2, [8, 8, 16, 24], [1, 1, 1, 1], 8, 0.0)
+
+
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 FAMILIES = {
@@ -63,6 +67,10 @@ FAMILIES = {
     "torchvision RegNet": Family(tv("regnet_y_400mf"), ["trunk_output.block3", "trunk_output.block4"], 648, 32),
     "torchvision MobileNetV3": Family(tv("mobilenet_v3_small"), ["features.8", "features.12"], 624, 32),
     "torchvision Swin": Family(small_swin, ["features.5", "features.7"], 192, 32),
+    "torchvision MaxVit": Family(small_maxvit, ["blocks.2", "blocks.3"], 40, 32),
+    "torchvision GoogLeNet": Family(
+        tv("googlenet", weights=None, init_weights=False), ["inception4e", "inception5b"], 1856, 32
+    ),
     "torchvision ViT": Family(small_vit, ["encoder.layers.encoder_layer_7", "encoder.layers.encoder_layer_11"], 64, 16),
     "timm ResNet": Family(in_timm("resnet18"), ["layer3", "layer4"], 768, 32),
     "timm ConvNeXt": Family(in_timm("convnext_atto"), ["stages.2", "stages.3"], 480, 32),
