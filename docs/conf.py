@@ -74,15 +74,28 @@ html_theme_options = {
 }
 
 
+PRIME = "<mi>&#x02032;</mi>"
+
+
+def equation(text: str, display: str) -> str:
+    """Return MathML, with primes beside their letter: as superscripts browsers draw them so high that they are lost."""
+    mathml = convert(text, display=display)
+    mathml = re.sub(rf"<msup>(<mi>[^<]*</mi>){PRIME}</msup>", rf"<mrow>\1{PRIME}</mrow>", mathml)
+    subscript = r"(<mi>[^<]*</mi>|<mrow>.*?</mrow>)"
+    return re.sub(
+        rf"<msubsup>(<mi>[^<]*</mi>){subscript}{PRIME}</msubsup>", rf"<msub><mrow>\1{PRIME}</mrow>\2</msub>", mathml
+    )
+
+
 def math_inline(self: HTML5Translator, node: nodes.math) -> None:
     """Write an equation as MathML, which browsers draw by themselves: no script, no font, no network."""
-    self.body.append(convert(node.astext()))
+    self.body.append(equation(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def math_block(self: HTML5Translator, node: nodes.math_block) -> None:
     """Write an equation in a line of its own."""
-    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="math">{equation(node.astext(), "block")}</div>')
     raise nodes.SkipNode
 
 
