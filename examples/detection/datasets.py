@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # where images are
 from files import SUFFIXES, read_image
 
 ROUNDING = 1.0  # pixels: COCO's boxes are rounded, and some tools count VOC's pixels from 0
+LONGEST_SIDE = 2**31 - 1  # pixels, that any image format can say
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _voc_entry(file: Path, images: Path, listing: Path) -> _Entry:
 
 
 def _check_size(height: int, width: int) -> None:
-    if height < 1 or width < 1:
+    if min(height, width) < 1 or max(height, width) > LONGEST_SIDE:
         raise ValueError(f"an image of {width} x {height} pixels")
 
 
@@ -219,7 +220,7 @@ def _read_coco(images: Path, file: Path) -> tuple[list[_Entry], list[str]]:
     if not images.is_dir():
         raise FileNotFoundError(f"{images} is no folder; COCO's layout is a folder of images with {file.name}.")
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_bytes())
         categories = {int(x["id"]): str(x["name"]) for x in sorted(data["categories"], key=lambda x: int(x["id"]))}
         objects: dict[int, list[_Object]] = {int(x["id"]): [] for x in data["images"]}
         if len(objects) < len(data["images"]):

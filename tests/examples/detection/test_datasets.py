@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,3 +243,27 @@ def test_sixteen_bits_of_grey_stay_grey(datasets: ModuleType, tmp_path: Path) ->
     Image.fromarray(ramp).save(tmp_path / "JPEGImages" / "train0.png")
     image, _ = datasets.Detections(datasets.read([source]))[0]
     assert torch.equal(image, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_encodings_of_annotations(datasets: ModuleType, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "雪 2.png").write_bytes(b"an image")
+    (tmp_path / "x.json").write_bytes(json.dumps(one_box("雪 2.png", 64), ensure_ascii=False).encode(encoding))
+    assert datasets.read([f"{tmp_path}:{tmp_path / 'x.json'}"]).classes == ["café"]
+
+
+@pytest.mark.parametrize("side", [0, -1, 2**31, 2**63])
+def test_a_size_that_no_image_has(datasets: ModuleType, tmp_path: Path, side: int) -> None:
+    (tmp_path / "0.png").write_bytes(b"an image")
+    (tmp_path / "x.json").write_text(json.dumps(one_box("0.png", side)))
+    with pytest.raises(ValueError, match=rf"x.json is no annotation in COCO's format: an image of 64 x {side} pixels"):
+        datasets.read([f"{tmp_path}:{tmp_path / 'x.json'}"])
+
+
+def one_box(image: str, height: int) -> dict[str, Any]:
+    """Annotations of one image."""
+    return {
+        "images": [{"id": 1, "file_name": image, "height": height, "width": 64}],
+        "categories": [{"id": 1, "name": "café"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 30, 20]}],
+    }
