@@ -2,8 +2,8 @@
 
 python docs/images/darken.py
 
-Drawings are made by hand, pictures by the examples, which write an SVG with `--format svg`. Photographs and maps inside
-a picture keep their colours. The site shows one or the other: `Variants` in docs/conf.py.
+Drawings are made by hand, pictures by the examples, which write an SVG with `--format svg`. Photographs inside a
+picture keep their colours. The site shows one or the other: `Variants` in docs/conf.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DRAWINGS = sorted(path.stem for path in HERE.glob("*.svg") if not path.stem.endswith("-dark"))
+MAPS = {"gallery-relations"}  # whose bitmaps are no photographs: light for nothing and dark for much
 DARK = {
     "#000000": "#e6edf3",
     "#24292f": "#e6edf3",
@@ -33,15 +34,26 @@ DARK = {
     "#cf222e": "#ff7b72",
     "#e6eaef": "#2b3138",
 }
+# Light for dark in the same hue, as a filter that browsers know within an SVG.
+INVERSE = """<filter id="inverse" color-interpolation-filters="sRGB">
+  <feColorMatrix values="-0.92 0 0 0 1  0 -0.92 0 0 1  0 0 -0.92 0 1  0 0 0 1 0"/>
+  <feColorMatrix type="hueRotate" values="180"/>
+ </filter>
+ """
 
 
-def darken(drawing: str) -> str:
-    """Return an SVG with every light colour replaced by its dark counterpart, and black, which goes without saying."""
+def darken(drawing: str, invert: bool = False) -> str:
+    """Return an SVG with every light colour replaced by its dark counterpart, and black, which goes without saying.
+
+    Bitmaps stay, or with `invert` become dark where they were light.
+    """
     dark = re.sub("|".join(DARK), lambda colour: DARK[colour[0]], drawing)
+    if invert:
+        dark = dark.replace("<defs>", INVERSE + "<defs>", 1).replace("<image ", '<image filter="url(#inverse)" ')
     return dark.replace("<svg ", f'<svg style="fill: {DARK["#000000"]}" ', 1)
 
 
 if __name__ == "__main__":
     for name in DRAWINGS:
         drawing = (HERE / f"{name}.svg").read_text(encoding="utf-8")
-        (HERE / f"{name}-dark.svg").write_text(darken(drawing), encoding="utf-8")
+        (HERE / f"{name}-dark.svg").write_text(darken(drawing, name in MAPS), encoding="utf-8")
