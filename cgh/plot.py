@@ -640,6 +640,7 @@ def _steps(axes: Axes) -> None:
     axes.grid(color=FAINT)
     axes.set_axisbelow(True)
     axes.set_xlabel("step")
+    axes.locator_params("x", integer=True, min_n_ticks=1)
 
 
 def _curve(curve: Curve, name: str) -> tuple[Tensor, Tensor]:
@@ -790,9 +791,14 @@ def _name(label: int, classes: Sequence[str] | None) -> str:
 
 
 def _broken(name: str) -> str:
-    """A name in up to two lines of up to twelve letters."""
-    return "\n".join(textwrap.wrap(name, 12, max_lines=2, placeholder="...")) or name
+    """A name in up to two lines of up to twelve letters; a longer one keeps its end, in which classes often differ."""
+    first, *others = textwrap.wrap(name, 12) or [name]
+    return "\n".join([first, *others] if len(others) < 2 else [first, f"...{others[-1][-9:]}"])
 
 
 def _short(name: str) -> str:
-    return textwrap.shorten(name, 24, placeholder="...")
+    """A name of up to 24 letters; a longer one keeps its last word."""
+    last = name.rpartition(" ")[2][-12:]
+    width = 21 - len(last)
+    first = textwrap.shorten(name.removesuffix(last), width, placeholder="") or name[:width]
+    return name if len(name) <= 24 else f"{first}...{last}"

@@ -207,6 +207,26 @@ def test_no_word_lies_on_another_or_leaves_the_figure(name: str) -> None:
     assert not ((width > 0) & (height > 0)).fill_diagonal_(False).any()
 
 
+def test_long_names_of_classes_stay_apart() -> None:
+    vans = [f"delivery van of the {nation}" for nation in ("Swiss", "French", "British")] + ["x" * 40, "y" * 40]
+    maps = plot.relation_matrix({"global": torch.full((50, 50), 0.02)}, TWENTY[:50] % 5, TWENTY[:50] % 5, classes=vans)
+    pixels(maps)
+    shown = [text.get_text() for text in maps.axes[0].get_yticklabels()]
+    assert shown[:3] == ["delivery van of...Swiss", "delivery van of...French", "delivery van...British"]
+    assert shown[3:] == ["xxxxxxxxx...xxxxxxxxxxxx", "yyyyyyyyy...yyyyyyyyyyyy"]
+    captions = eight(labels=([0, 1], [1, 2, 3, 4]), classes=vans)
+    pixels(captions)
+    words = {text.get_text() for axes in captions.axes for text in axes.texts}
+    assert "delivery van\n...French" in words
+
+
+def test_steps_are_whole_numbers() -> None:
+    for steps in ([0, 1], [3], [1, 3]):
+        figure = plot.curves({"run": {"loss": (steps, [1.0] * len(steps))}})
+        pixels(figure)
+        assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
 def test_detections_have_frames_in_the_colours_of_a_legend() -> None:
     boxes, labels = torch.tensor([[2.0, 3, 12, 23], [30.0, 10, 50, 20], [5.0, 5, 9, 9]]), torch.tensor([2, 0, 1])
     found, truth = (boxes, labels, torch.tensor([0.7, 0.914, 0.3])), (boxes[:1], labels[:1])
