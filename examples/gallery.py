@@ -7,6 +7,7 @@ python examples/gallery.py
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,8 @@ class Config:
 @torch.no_grad()
 def main(config: Config) -> None:
     """Draw relations and hypercolumns before and after training."""
+    if not config.checkpoint.exists():
+        sys.exit(f"{config.checkpoint} is not there; examples/quickstart.py writes it.")
     images, labels = quickstart.digits()
     model = quickstart.method(quickstart.Config())
     train, test = slice(0, 300), slice(quickstart.TRAIN, quickstart.TRAIN + 100)
