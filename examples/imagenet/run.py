@@ -111,27 +111,14 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta = tim
     return own
 
 
-class WithSpare(nn.Module):
-    """A module beside a parameter that nothing uses, as PyTorch warns where it looks for such and there is none."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.spare = nn.Parameter(next(module.parameters()).new_zeros(1))
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-
 def distribute(module: nn.Module, **options: Any) -> nn.Module:
     """Return a module whose gradients are averaged over the ranks, or the module itself where there is one rank.
 
-    Looking for unused parameters keeps gradients in the buckets that they started in: sums of many ranks would else
-    differ in bits after resuming.
+    Looking for unused parameters, of which there are none, keeps gradients in the buckets that they started in: sums of
+    many ranks would else differ in bits after resuming.
     """
     if cgh.distributed.rank_and_world_size()[1] == 1:
         return module
-    module = WithSpare(module)
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before PyTorch 2.14
     return DistributedDataParallel(module, find_unused_parameters=True, **{buffers: False}, **options)

@@ -181,7 +181,6 @@ def torchrun(processes: int, script: str, folder: Path, *options: object) -> dic
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run([*command, *map(str, options)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning" not in done.stderr.lower()
     path = folder / "results.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
