@@ -57,4 +57,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -6,6 +6,7 @@ python examples/three_contexts.py
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import quickstart
@@ -22,4 +23,7 @@ if __name__ == "__main__":
     three = quickstart.method(
         config, layers=LAYERS, pairs=PAIRS, student_temperature=STUDENT, teacher_temperature=TEACHER
     )
-    quickstart.main(config, {"CGH, three contexts": three})
+    try:
+        quickstart.main(config, {"CGH, three contexts": three})
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -9,6 +9,7 @@ Prints how well neighbours fit in the features of each, and whether relations st
 from __future__ import annotations
 
 import math
+import sys
 
 import quickstart
 import torch
@@ -85,4 +86,7 @@ def main(epochs: int = 25) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -2,8 +2,8 @@
 
 python examples/imagenet/plot.py runs/first runs/second --out curves.png
 
-Of one run alone there is a second picture beside it, curves-groups.png: losses, entropies with the line of log K, ranks
-and the like, each group in one panel.
+Of one run alone there is a second picture beside it, curves-groups.png: losses, entropies with the line of log K,
+ranks, speed and the like, each group in one panel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from log import read
 from cgh.plot import curves, groups, save
 
 HIDDEN = ("epoch", "time/memory_gib")
-GROUPS = ("loss", "entropy", "rank", "agreement", "knn")
+GROUPS = ("loss", "entropy", "rank", "agreement", "knn", "time/images_per_second")
 
 
 @dataclass
@@ -45,7 +45,7 @@ def draw(folders: Sequence[Path], out: Path) -> None:
     save(curves(runs, window), out)
     if len(folders) == 1:
         (run,) = runs.values()
-        members = {group: [name for name in run if name.split("/")[0] == group] for group in GROUPS}
+        members = {group: [name for name in run if name == group or name.split("/")[0] == group] for group in GROUPS}
         members = {group: names for group, names in members.items() if names}
         config = folders[0] / "config.json"
         size = json.loads(config.read_text(encoding="utf-8")).get("memory_size") if config.exists() else None

@@ -78,6 +78,14 @@ def test_curves_of_several_runs(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLE / "plot.py", whole, tmp_path / "other", "--out", tmp_path / "curves.png"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == str(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > (whole / "curves.png").stat().st_size
+
+
+def test_curves_of_one_run_in_groups(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLE / "plot.py", whole, "--out", tmp_path / "curves.svg"]
+    subprocess.run(command, check=True, capture_output=True)
+    drawing = (tmp_path / "curves-groups.svg").read_text(encoding="utf-8")
+    titles = ["loss", "entropy", "log K", "rank", "agreement", "knn", "time/images_per_second"]
+    assert [title for title in titles if f"<!-- {title} -->" not in drawing] == []
     failed = subprocess.run([*command[:2], tmp_path], capture_output=True, text=True)
     assert f"{tmp_path} has no log.csv; name the --folder of a run" in failed.stderr
 
