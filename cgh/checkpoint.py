@@ -109,8 +109,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> di
                     "torch.save(model.state_dict(), path) does, and numbers, strings and dictionaries beside them."
                 ) from error
             # Of a refused pickle, torch's own message goes on to advise reading the file as code.
-            reason = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
-            raise ValueError(f"{path} is not a checkpoint of plain data, or is cut short: {reason or error}") from error
+            own = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+            reason = str(own or error) or "it ends too early"
+            raise ValueError(f"{path} is not a checkpoint of plain data, or is cut short: {reason}.") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; a checkpoint is a dictionary.")
     return state

@@ -75,6 +75,9 @@ def test_what_is_not_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(content)
         with pytest.raises(ValueError, match="run.pt is not a checkpoint of plain data, or is cut short"):
             checkpoint.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cut short: it ends too early"):
+        checkpoint.load(path)
     torch.save({"state": Payload()}, path)
     with pytest.raises(ValueError, match="not a checkpoint of plain data"):
         checkpoint.load(path)
