@@ -44,7 +44,7 @@ def wrapped_attribute(module: nn.Module) -> str | None:
     if isinstance(module, EMATeacher):
         return "encoder"
     # By what they register, as several pass on what attributes the module inside has.
-    return next((name for name in _ATTRIBUTES if name in module._modules), None)
+    return next((name for name in _ATTRIBUTES if name in getattr(module, "_modules", ())), None)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -85,7 +85,7 @@ SLIPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "arrays": (
         lambda: cgh.evaluate.knn(FEATURES.numpy(), LABELS, FEATURES, LABELS, k=1),
         TypeError,
-        r"train_features are a ndarray; make them a tensor, such as torch\.as_tensor\(features\)",
+        r"train_features are a ndarray; make them a tensor, such as torch\.as_tensor\(train_features\)",
     ),
     "a module to save": (
         lambda: cgh.checkpoint.save(Images(), "x"),

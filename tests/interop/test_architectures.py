@@ -15,7 +15,7 @@ from tests.test_backbones import TABLE
 
 pytest.importorskip("timm")
 
-SIZES = {"timm/swin_tiny_patch4_window7_224": 224, "timm/vit_small_patch14_reg4_dinov2": 56}
+SIZES = {"timm/swin_tiny_patch4_window7_224": 224, "timm/vit_small_patch14_reg4_dinov2": 56, "maxvit_t": 224}
 
 
 def documented() -> list[tuple[str, str]]:
