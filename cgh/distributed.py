@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def outside_graphs(function: Function) -> Function:
     """Keep `torch.compile` out of a function that works with numbers of the host, which it would take for constants."""
     # torch.compiler.disable does the same, but at the price of importing the compiler here.
-    return _disable_dynamo(function)  # type: ignore[return-value]
+    return cast("Function", _disable_dynamo(function))
 
 
 def rank_and_world_size() -> tuple[int, int]:

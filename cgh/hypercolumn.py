@@ -460,8 +460,8 @@ def same_output(module: nn.Module) -> list[nn.Module]:
 
     Gradient checkpointing of a stage (timm's) runs its blocks one by one, and not the stage.
     """
-    if type(module).forward is nn.Sequential.forward and len(module):  # type: ignore[arg-type]
-        return [module, *same_output(module[-1])]  # type: ignore[index]
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        return [module, *same_output(module[-1])]
     return [module]
 
 

@@ -178,12 +178,16 @@ def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -
 
 
 # Triton compiles from the source: it has no types, and takes none.
-@triton.jit  # type: ignore[untyped-decorator]
-def _relate(  # type: ignore[no-untyped-def]
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+
+@triton.jit
+def _relate(
     query, bank, target, centre, maximum, total, sums, rows, size, part, query_stride, bank_stride, target_stride,
-    SAME: tl.constexpr, CENTRED: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr, TARGET_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr, BANK_ROWS: tl.constexpr,  # noqa: N803
+    SAME: tl.constexpr, CENTRED: tl.constexpr,
+    WIDTH: tl.constexpr, TARGET_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    ROWS: tl.constexpr, BANK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program for some rows, a part of the bank, and a slice of the target's columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -238,10 +242,10 @@ def _relate(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine(  # type: ignore[no-untyped-def]
+@triton.jit
+def _combine(
     maximum, total, sums, logsumexp, mean, rows, parts,
-    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program for each row: the sums over the parts of the bank, brought to one maximum."""
     row = tl.program_id(0)
@@ -270,8 +274,8 @@ def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor)
         _exponentiate[(len(logits),)](logits, maximum, total, shrink, logits.shape[1], BLOCK=BLOCK, num_warps=8)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _exponentiate(logits, maximum, total, shrink, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+@triton.jit
+def _exponentiate(logits, maximum, total, shrink, columns, BLOCK: tl.constexpr):
     """One program for each row."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * columns

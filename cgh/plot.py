@@ -577,7 +577,7 @@ def _figure_class() -> type[Figure]:
     matplotlib = require("matplotlib", extra="plot")
     base: type[Figure] = require("matplotlib.figure", extra="plot").Figure
 
-    class Picture(base):  # type: ignore[misc, valid-type]
+    class Picture(base):  # type: ignore[misc, valid-type]  # a class that is imported where it is used
         def savefig(self, *arguments: Any, **options: Any) -> None:
             with matplotlib.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
                 super().savefig(*arguments, **options)

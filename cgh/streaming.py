@@ -351,7 +351,7 @@ class _Attach(torch.autograd.Function):
 
 
 # It is looked up at every call, and building it anew takes longer than a small loss.
-_Attach.forward.__signature__ = inspect.signature(_Attach.forward)  # type: ignore[attr-defined]
+_Attach.forward.__signature__ = inspect.signature(_Attach.forward)  # type: ignore[attr-defined]  # functions take any
 
 
 class _Once(torch.autograd.Function):
