@@ -198,20 +198,21 @@ class Run:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; the one before stays as `checkpoint-previous.pt`.
 
-        The two change places after the new one is whole, so that two are good while it is written.
+        Two good ones of different content are there at every moment, under two names: a file that breaks takes no
+        other with it.
 
         Raises:
             OSError: the disk is full, say; the checkpoints that are there are untouched.
         """
-        written = self.folder / "checkpoint-next.pt"
+        written, spare = self.folder / "checkpoint-next.pt", self.folder / "checkpoint-spare.pt"
         cgh.checkpoint.save(state, written)
+        spare.unlink(missing_ok=True)  # of a run that was killed here
         if self.checkpoint.exists() and not self.broken:  # or the good one before it would go
-            spare = self.folder / "checkpoint-spare.pt"
             with contextlib.suppress(OSError):  # a file system without hard links keeps no previous one
-                spare.unlink(missing_ok=True)
                 spare.hardlink_to(self.checkpoint)
-                spare.replace(self.previous)
         written.replace(self.checkpoint)
+        if spare.exists():
+            spare.replace(self.previous)
         self.broken.clear()
 
 

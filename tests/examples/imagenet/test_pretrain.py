@@ -171,6 +171,35 @@ def test_two_checkpoints_are_good_while_a_third_is_written(tmp_path: Path, monke
     assert cgh.checkpoint.load(last.previous) == {"step": 1}
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_save_killed_between_its_renames_leaves_two_files(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    last = importlib.import_module("run").Run(tmp_path)
+    last.save({"step": 1})
+    last.save({"step": 2})
+    replace, calls = Path.replace, iter(range(1, 4))
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        last.save({"step": 3})
+    state = last.load()
+    assert state == {"step": 3 if call == 3 else 2}
+    os.truncate(last.checkpoint, 100)  # in place, so that another name of this file would break as well
+    with pytest.warns(UserWarning, match="Going on from .*checkpoint-previous.pt"):
+        assert last.load() == {"step": 1}
+    last.save({"step": 4})
+    last.save({"step": 5})
+    assert [cgh.checkpoint.load(path) for path in (last.checkpoint, last.previous)] == [{"step": 5}, {"step": 4}]
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-previous.pt", "checkpoint.pt"]
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(root: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
