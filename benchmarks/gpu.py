@@ -373,15 +373,14 @@ def loss_rows(report: Report) -> None:
             ", bfloat16 banks": lambda z, t, _, ours=ours, half=half: ours(z, t, half),
             losses.BASELINE: losses.LOSSES[name][losses.BASELINE],
         }
-        found = losses.costs(turns, rows, 3 if report.small else 20)
-        kept = found.pop(losses.BASELINE)
+        found = losses.costs(turns, rows, 3 if report.small else 20, products_of=name)
+        kept, products = found.pop(losses.BASELINE), found.pop(losses.ALONE)
         for which, cost in found.items():
             report.rows.append(Row(what + which, 1e3 * cost.seconds, 1e3 * kept.seconds, losses.BASELINE, aim))
         if sizes == large:
             megabytes = found[""].megabytes
             report.rows.append(Row("its extra memory", megabytes, kept.megabytes, losses.BASELINE, 1 / 20, unit="MB"))
-            products = 1e3 * losses.PRODUCTS[name] * losses.product_seconds(*sizes)
-            report.rows.append(Row(what, 1e3 * found[""].seconds, products, "its products alone", 2.2))
+            report.rows.append(Row(what, 1e3 * found[""].seconds, 1e3 * products.seconds, f"its {losses.ALONE}", 2.2))
         if ON_GPU:
             # Without the host, which in training is ahead of the device: as a graph of its kernels.
             runs = {which: partial(losses.gradients, loss, rows) for which, loss in turns.items()}

@@ -29,12 +29,13 @@ import cgh
 from cgh import plot
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
 from cgh.relation import cross_context_term, cross_entropy, infonce_term, similarity
-from cgh.streaming import backend
+from cgh.streaming import BUFFER, MIN_CHUNK, backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONTEXTS = ("global", "hypercolumn")
 PAIRS = (CONTEXTS, CONTEXTS[::-1])
 BASELINE = "matrices kept"
+ALONE = "products alone"
 
 PAPER = (256, 131_072, 512)
 SMALL = ((256, 4_096, 128), (64, 4_096, 128), (64, 16_384, 512))
@@ -214,22 +215,44 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
-def costs(losses: dict[str, Loss], rows: Inputs, repetitions: int) -> dict[str, Cost]:
-    """Return what each of `losses` takes."""
+def costs(losses: dict[str, Loss], rows: Inputs, repetitions: int, products_of: str = "") -> dict[str, Cost]:
+    """Return what each of `losses` takes, and what the products alone of a loss so named take by `ALONE`."""
     runs = {name: lambda loss=loss: gradients(loss, rows) for name, loss in losses.items()}
+    if products_of and DEVICE.type != "cuda":
+        runs[ALONE] = products(products_of, rows)
     for run in runs.values():
         run()  # loads and compiles what is at first use
     peaks = {name: megabytes(run) for name, run in runs.items()}
     times = [{name: seconds(run) for name, run in runs.items()} for _ in range(repetitions)]
-    return {name: Cost(statistics.median(each[name] for each in times), peaks[name]) for name in runs}
+    found = {name: Cost(statistics.median(each[name] for each in times), peaks[name]) for name in runs}
+    if products_of and DEVICE.type == "cuda":
+        found[ALONE] = Cost(at_full_rate(products_of, rows))
+    return found
 
 
-def product_seconds(batch: int, size: int, dim: int) -> float:
-    """Return how long a product of `batch x dim` by `dim x size` takes at the rate of a large square one."""
-    side, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (1024, torch.float32)
-    a, b, out = torch.randn(3, side, side, device=DEVICE, dtype=dtype)
+def products(name: str, rows: Inputs) -> Callable[[], object]:
+    """Return what computes the products of our loss and nothing else, chunk by chunk of the banks as the loss does."""
+    z, t, memory = rows
+    queries = {bank: torch.cat([z[bank], t[bank]]) if name == "cross-context" else z[bank] for bank in memory}
+    chunk = max(1, BUFFER["cpu"] // sum(map(len, queries.values())) // MIN_CHUNK) * MIN_CHUNK
+    buffer = torch.empty(max(map(len, queries.values())) * chunk)
+
+    def multiply() -> None:
+        for bank, query in queries.items():
+            means = torch.zeros_like(query)
+            for part in memory[bank].split(chunk):
+                logits = torch.mm(query, part.T, out=buffer[: len(query) * len(part)].view(len(query), -1))
+                means.addmm_(logits, part)
+
+    return multiply
+
+
+def at_full_rate(name: str, rows: Inputs) -> float:
+    """Return how long the operations of our loss's products take at the rate of a large square product in bfloat16."""
+    side, (z, _, memory) = 8192, rows
+    a, b, out = torch.randn(3, side, side, device=DEVICE, dtype=torch.bfloat16)
     fastest = min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(10))
-    return fastest * batch * size * dim / side**3
+    return fastest * PRODUCTS[name] * len(z["global"]) * memory["global"].numel() / side**3
 
 
 def compare(config: Config, rows: Inputs) -> Table:
@@ -240,8 +263,8 @@ def compare(config: Config, rows: Inputs) -> Table:
         table.add_column(column, justify="right")
     rows = first(rows, config.batch, config.size)
     for name, losses in LOSSES.items():
-        found = costs(losses, rows, config.repetitions)
-        base = found[BASELINE]
+        found = costs(losses, rows, config.repetitions, products_of=name)
+        base, alone = found[BASELINE], found.pop(ALONE)
         truth = exact(losses[BASELINE], rows)
         for implementation, cost in found.items():
             error = errors(gradients(losses[implementation], rows), truth)
@@ -254,8 +277,8 @@ def compare(config: Config, rows: Inputs) -> Table:
                 ratio(cost.megabytes, base.megabytes),
                 *(f"{x:.0e}" for x in error),
             )
-        alone = PRODUCTS[name] * product_seconds(*sizes)
-        table.add_row(name, "our products alone", number(1000 * alone), ratio(alone, base.seconds), end_section=True)
+        what = number(1000 * alone.seconds), ratio(alone.seconds, base.seconds)
+        table.add_row(name, f"our {ALONE}", *what, end_section=True)
     return table
 
 
@@ -276,13 +299,12 @@ def beside_baseline(
             if DEVICE.type == "cuda":
                 half = {context: bank.bfloat16() for context, bank in memory.items()}
                 turns["ours, bfloat16 banks"] = lambda z, t, _, loss=losses["ours"], half=half: loss(z, t, half)
-            found = costs(turns, (z, t, memory), repetitions)
-            base = found.pop(BASELINE)
-            alone = PRODUCTS[name] * product_seconds(batch, size, dim)
+            found = costs(turns, (z, t, memory), repetitions, products_of=name)
+            base, alone = found.pop(BASELINE), found.pop(ALONE)
             for implementation, cost in found.items():
                 label = f"{name}{implementation.removeprefix('ours')}, {where}"
                 table.append((f"{label}, over {BASELINE}", 1000 * base.seconds, 1000 * cost.seconds))
-                table.append((f"{label}, over products alone", 1000 * alone, 1000 * cost.seconds))
+                table.append((f"{label}, over {ALONE}", 1000 * alone.seconds, 1000 * cost.seconds))
                 table.append((f"{label}, memory in MB", base.megabytes, cost.megabytes))
     return table
 
@@ -342,7 +364,7 @@ def grow(config: Config, rows: Inputs) -> tuple[Table, Figure]:
 
 def number(x: float) -> str:
     """Return `x` for a table."""
-    return "not measured" if math.isnan(x) else f"{x:,.1f}"
+    return "not measured" if math.isnan(x) else f"{x:,.{1 if x >= 10 else 2}f}"
 
 
 def ratio(x: float, base: float) -> str:

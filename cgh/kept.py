@@ -5,16 +5,16 @@ That takes fewer products, and fewer operators, than reading the memory in one p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cgh.contexts import Banks
+from cgh.contexts import Banks, Contexts
 from cgh.streaming import Query, attach, common_dtype
 
-LIMIT = 8 * 2**20
-"""Relations of all queries that are few enough to be held."""
+LIMIT = 4 * 2**20
+"""Relations of a query that are few enough to be held."""
 
 
 def keeps(queries: Sequence[Query], memory: Banks) -> bool:
@@ -28,7 +28,7 @@ def keeps(queries: Sequence[Query], memory: Banks) -> bool:
         >>> [keeps([query], {"global": torch.empty(size, 8)}) for size in (4_096, 131_072)]
         [True, False]
     """
-    rows = sum(query.embeddings.shape[0] for query in queries)
+    rows = max(query.embeddings.shape[0] for query in queries)
     return queries[0].embeddings.is_cpu and rows * memory[queries[0].bank].shape[0] <= LIMIT
 
 
@@ -55,60 +55,74 @@ def cross_entropies(
     rows = {query.bank: query.embeddings.to(dtype) for query in students}
     found = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        targets = {}
-        for query in teachers:
-            logits = _logits(query, memory, dtype)
-            if query.centre is not None:
-                logits -= query.centre.detach() / query.temperature
-            targets[query.bank] = logits.softmax(dim=1)
+        banks = {query.bank: memory[query.bank].to(dtype) for query in (*students, *teachers)}
+        targets = {query.bank: _target(query, query.embeddings.to(dtype), banks[query.bank]) for query in teachers}
         for query in students:
-            bank = memory[query.bank].detach().to(dtype)
-            logarithms = _logits(query, memory, dtype).log_softmax(dim=1)
-            count, views = len(logarithms), logarithms.view(-1, *logits.shape)
-            guides = [guide for learner, guide in pairs if learner == query.bank]
-            values = [torch.sum(views * targets[guide]) / -count for guide in guides]
-            relation = views.exp_()
-            for guide, value in zip(guides, values, strict=True):
-                # In place where nothing else needs it: taking new memory costs as much as computing.
-                last = guide == guides[-1]
-                difference = relation.sub_(targets[guide]) if last else relation - targets[guide]
-                scale = 1 / (query.temperature * count)
-                gradient = torch.addmm(bank[0], difference.view(count, -1), bank, beta=0, alpha=scale)
-                found[query.bank, guide] = value, gradient
-    return {pair: attach(rows[pair[0]], *found[pair]) for pair in pairs}
+            guides = {guide: targets[guide] for learner, guide in pairs if learner == query.bank}
+            for guide, term in _terms(rows[query.bank], banks[query.bank], query.temperature, guides).items():
+                found[query.bank, guide] = term
+    values, gradients = zip(*(found[pair] for pair in pairs), strict=True)
+    return dict(zip(pairs, attach(values, [rows[learner] for learner, _ in pairs], gradients), strict=True))
 
 
-def infonce(query: Query, positives: Tensor, memory: Banks) -> Tensor:
-    """Return MoCo's loss of one context, the mean over the rows of `query`: a cross-entropy whose target is one-hot.
+def _target(query: Query, rows: Tensor, bank: Tensor) -> Tensor:
+    """Return the relations that a teacher sees, `(N, K)`."""
+    logits = rows / query.temperature @ bank.T
+    if query.centre is not None:
+        logits -= query.centre / query.temperature
+    return logits.softmax(dim=1)
+
+
+def _terms(
+    rows: Tensor, bank: Tensor, temperature: float, targets: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by target a learner's cross-entropy and its gradient with respect to `rows`."""
+    logarithms = (rows / temperature @ bank.T).log_softmax(dim=1)
+    views = logarithms.view(-1, *next(iter(targets.values())).shape)
+    values = [torch.sum(views * target) / -len(rows) for target in targets.values()]
+    relation, found = views.exp_(), {}
+    for number, ((guide, target), value) in enumerate(zip(targets.items(), values, strict=True), start=1):
+        # In place where nothing else needs it: taking new memory costs as much as computing.
+        difference = relation.sub_(target) if number == len(targets) else relation - target
+        scale = 1 / (temperature * len(rows))
+        gradient = torch.addmm(bank[0], difference.view(len(rows), -1), bank, beta=0, alpha=scale)
+        found[guide] = value, gradient
+    return found
+
+
+def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> tuple[Tensor, ...]:
+    """Return MoCo's loss of each context, the mean over its rows: a cross-entropy whose target is one-hot.
 
     Args:
-        query: the student's embeddings `(N, D)`.
+        queries: of each context, the student's embeddings `(N, D)`.
         positives: the teacher's `(N, D)`.
-        memory: the bank `(K, D)`.
+        memory: banks `(K, D)`.
 
     Example:
         >>> import torch
         >>> from cgh.kept import infonce
         >>> from cgh.streaming import Query
-        >>> infonce(Query(torch.randn(4, 6), "global", 0.2), torch.randn(4, 6), {"global": torch.randn(100, 6)}).shape
+        >>> z, t, bank = ({"global": torch.randn(rows, 6)} for rows in (4, 4, 100))
+        >>> [loss] = infonce([Query(z["global"], "global", 0.2)], t, bank)
+        >>> loss.shape
         torch.Size([])
     """
-    dtype = common_dtype([query])
-    rows = query.embeddings.to(dtype)
+    dtype = common_dtype(queries)
+    rows = [query.embeddings.to(dtype) for query in queries]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        z, t, bank = (
-            rows.detach() / query.temperature,
-            positives.detach().to(dtype),
-            memory[query.bank].detach().to(dtype),
-        )
-        logits = torch.cat([torch.sum(z * t, dim=1, keepdim=True), z @ bank.T], dim=1)
-        logarithms = logits.log_softmax(dim=1)
-        value = logarithms[:, 0].sum() / -len(z)
-        positive, relation = logarithms.exp_().tensor_split([1], dim=1)
-        gradient = torch.addcmul(relation @ bank, positive - 1, t) / (query.temperature * len(z))
-    return attach(rows, value, gradient)
+        found = [
+            _against_positives(z, positives[query.bank].to(dtype), memory[query.bank].to(dtype), query.temperature)
+            for query, z in zip(queries, rows, strict=True)
+        ]
+    values, gradients = zip(*found, strict=True)
+    return attach(values, rows, gradients)
 
 
-def _logits(query: Query, memory: Banks, dtype: torch.dtype) -> Tensor:
-    rows = query.embeddings.detach().to(dtype) / query.temperature
-    return rows @ memory[query.bank].detach().to(dtype).T
+def _against_positives(rows: Tensor, positives: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return MoCo's loss of one context and its gradient with respect to `rows`."""
+    z = rows / temperature
+    logits = torch.cat([torch.sum(z * positives, dim=1, keepdim=True), z @ bank.T], dim=1)
+    logarithms = logits.log_softmax(dim=1)
+    value = logarithms[:, 0].sum() / -len(z)
+    positive, relation = logarithms.exp_().tensor_split([1], dim=1)
+    return value, torch.addcmul(relation @ bank, positive - 1, positives) / (temperature * len(z))

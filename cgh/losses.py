@@ -229,7 +229,7 @@ class InfoNCELoss(nn.Module):
         check_batch(z, t, memory, list(z), list(z))
         queries = [Query(z[name], name, self.temperature) for name in z]
         if keeps(queries, memory):
-            losses = [infonce(query, t[query.bank], memory) for query in queries]
+            losses = infonce(queries, t, memory)
             _check_both(losses, z, t)
             return reduce(torch.add, losses)
         relations = stream(memory, queries)

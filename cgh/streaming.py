@@ -133,13 +133,12 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         products,
     )
     logsumexps, means = results[: len(queries)], dict(zip(wanted, results[len(queries) :], strict=True))
+    for number, (query, learn) in enumerate(zip(queries, learns, strict=True)):
+        if learn:  # each by itself, so that one term's backward leaves the others'
+            [logsumexps[number]] = attach([logsumexps[number]], [rows[number]], [means[number, query.bank]])
     return [
-        Relation(
-            rows[number],
-            attach(rows[number], logsumexp, means[number, query.bank]) if learns[number] else logsumexp,
-            {name: means[number, name] for name in query.averages},
-        )
-        for number, (query, logsumexp) in enumerate(zip(queries, logsumexps, strict=True))
+        Relation(rows[number], logsumexps[number], {name: means[number, name] for name in query.averages})
+        for number, query in enumerate(queries)
     ]
 
 
@@ -312,42 +311,49 @@ def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> flo
     return float(bound + max((shift.abs().max() for shift in shifts if shift is not None), default=0.0))
 
 
-def attach(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """Return `value` with the gradient of each of its elements with respect to one row, or of a scalar to all rows.
+def attach(values: Sequence[Tensor], rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return each of `values` with its gradient with respect to its `rows`, `(R, D)` as they are.
 
-    It can be differentiated once. `gradient` is `(R, D)` as `rows` are.
+    A value is a scalar, or `(R,)`, each element of which depends on one row. They can be differentiated once.
 
     Example:
         >>> import torch
         >>> from cgh.streaming import attach
         >>> rows = torch.ones(2, 3, requires_grad=True)
-        >>> attach(rows, torch.tensor(5.0), torch.full((2, 3), 4.0)).backward()
+        >>> [attached] = attach([torch.tensor(5.0)], [rows], [torch.full((2, 3), 4.0)])
+        >>> attached.backward()
         >>> rows.grad[0]
         tensor([4., 4., 4.])
     """
-    attached: Tensor = _Attach.apply(rows, value, gradient)
+    attached: tuple[Tensor, ...] = _Attach.apply(*values, *rows, *gradients)
     return attached
 
 
 class _Attach(torch.autograd.Function):
-    """A value with the gradient that was computed along with it."""
+    """Values with gradients that were computed along with them."""
 
     @staticmethod
-    def forward(rows: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        return value.clone()
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.clone() for value in inputs[: len(inputs) // 3])
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        rows, _, gradient = inputs
-        ctx.save_for_backward(rows, gradient)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        count = len(output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[count : 2 * count])
+        ctx.gradients = inputs[2 * count :]  # not saved as the rows are, which would go with the first value's backward
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, gradient = ctx.saved_tensors
-        gradient = grad.unsqueeze(-1) * gradient
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = [
+            None if grad is None else grad.unsqueeze(-1) * gradient
+            for grad, gradient in zip(grads, ctx.gradients, strict=True)
+        ]
         # Applying a function costs more than a small product: only where the gradient is recorded.
-        return _Once.apply(gradient, rows) if torch.is_grad_enabled() else gradient, None, None
+        if torch.is_grad_enabled():
+            found = [x if x is None else _Once.apply(x, rows) for x, rows in zip(found, ctx.saved_tensors, strict=True)]
+        return (*[None] * len(grads), *found, *[None] * len(grads))
 
 
 # It is looked up at every call, and building it anew takes longer than a small loss.

@@ -220,8 +220,19 @@ def test_few_relations_are_held_and_many_are_not() -> None:
     z, _, memory = inputs(size=101)
     student = streaming.Query(z["global"], "global", 0.1)
     assert kept.keeps([student, student], memory)
-    many = {"global": torch.empty(0).expand(kept.LIMIT // 12 + 1, 0)}
+    many = {"global": torch.empty(0).expand(kept.LIMIT // len(z["global"]) + 1, 0)}
     assert not kept.keeps([student, student], many)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_each_term_can_be_differentiated_by_itself() -> None:
+    z, t, memory = inputs()
+    criterion = cgh.CrossContextLoss(0.1, 0.05)
+    expected = gradients(2 * criterion(z, t, memory), z)
+    for term in criterion.terms(z, t, memory).values():
+        term.backward()
+    for x, gradient in zip(z.values(), expected, strict=True):
+        torch.testing.assert_close(x.grad, gradient)
 
 
 def test_the_order_of_the_memory_does_not_matter() -> None:
