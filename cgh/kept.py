@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cgh.contexts import Banks, Contexts
-from cgh.streaming import Query, attach, common_dtype
+from cgh.streaming import Query, Term, common_dtype
 
 LIMIT = 4 * 2**20
 """Relations of a query that are few enough to be held."""
@@ -34,8 +34,8 @@ def keeps(queries: Sequence[Query], memory: Banks) -> bool:
 
 def cross_entropies(
     pairs: Sequence[tuple[str, str]], students: Sequence[Query], teachers: Sequence[Query], memory: Banks
-) -> dict[tuple[str, str], Tensor]:
-    """Return by pair `CE(p | t) = -sum_j t_j log p_j`, the mean over the rows of the learner.
+) -> list[Term]:
+    """Return by pair `CE(p | t) = -sum_j t_j log p_j`, the mean over the rows of the learner, and its gradient.
 
     Args:
         pairs: (learner, guide), names of the banks of a student and of a teacher.
@@ -48,21 +48,22 @@ def cross_entropies(
         >>> from cgh.kept import cross_entropies
         >>> from cgh.streaming import Query
         >>> student, teacher = (Query(torch.randn(4, 6), "global", temperature) for temperature in (0.1, 0.04))
-        >>> list(cross_entropies([("global", "global")], [student], [teacher], {"global": torch.randn(100, 6)}))
-        [('global', 'global')]
+        >>> pairs, memory = [("global", "global")], {"global": torch.randn(100, 6)}
+        >>> [(value, gradient)] = cross_entropies(pairs, [student], [teacher], memory)
+        >>> value.shape, gradient.shape
+        (torch.Size([]), torch.Size([4, 6]))
     """
     dtype = common_dtype([*students, *teachers])
-    rows = {query.bank: query.embeddings.to(dtype) for query in students}
     found = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         banks = {query.bank: memory[query.bank].to(dtype) for query in (*students, *teachers)}
         targets = {query.bank: _target(query, query.embeddings.to(dtype), banks[query.bank]) for query in teachers}
         for query in students:
             guides = {guide: targets[guide] for learner, guide in pairs if learner == query.bank}
-            for guide, term in _terms(rows[query.bank], banks[query.bank], query.temperature, guides).items():
+            rows = query.embeddings.to(dtype)
+            for guide, term in _terms(rows, banks[query.bank], query.temperature, guides).items():
                 found[query.bank, guide] = term
-    values, gradients = zip(*(found[pair] for pair in pairs), strict=True)
-    return dict(zip(pairs, attach(values, [rows[learner] for learner, _ in pairs], gradients), strict=True))
+    return [found[pair] for pair in pairs]
 
 
 def _target(query: Query, rows: Tensor, bank: Tensor) -> Tensor:
@@ -73,9 +74,7 @@ def _target(query: Query, rows: Tensor, bank: Tensor) -> Tensor:
     return logits.softmax(dim=1)
 
 
-def _terms(
-    rows: Tensor, bank: Tensor, temperature: float, targets: Mapping[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _terms(rows: Tensor, bank: Tensor, temperature: float, targets: Mapping[str, Tensor]) -> dict[str, Term]:
     """Return by target a learner's cross-entropy and its gradient with respect to `rows`."""
     logarithms = (rows / temperature @ bank.T).log_softmax(dim=1)
     views = logarithms.view(-1, *next(iter(targets.values())).shape)
@@ -90,8 +89,10 @@ def _terms(
     return found
 
 
-def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> tuple[Tensor, ...]:
-    """Return MoCo's loss of each context, the mean over its rows: a cross-entropy whose target is one-hot.
+def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
+    """Return MoCo's loss of each context, the mean over its rows, and its gradient.
+
+    It is a cross-entropy whose target is one-hot.
 
     Args:
         queries: of each context, the student's embeddings `(N, D)`.
@@ -103,22 +104,24 @@ def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> tup
         >>> from cgh.kept import infonce
         >>> from cgh.streaming import Query
         >>> z, t, bank = ({"global": torch.randn(rows, 6)} for rows in (4, 4, 100))
-        >>> [loss] = infonce([Query(z["global"], "global", 0.2)], t, bank)
-        >>> loss.shape
-        torch.Size([])
+        >>> [(value, gradient)] = infonce([Query(z["global"], "global", 0.2)], t, bank)
+        >>> value.shape, gradient.shape
+        (torch.Size([]), torch.Size([4, 6]))
     """
     dtype = common_dtype(queries)
-    rows = [query.embeddings.to(dtype) for query in queries]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        found = [
-            _against_positives(z, positives[query.bank].to(dtype), memory[query.bank].to(dtype), query.temperature)
-            for query, z in zip(queries, rows, strict=True)
+        return [
+            _against_positives(
+                query.embeddings.to(dtype),
+                positives[query.bank].to(dtype),
+                memory[query.bank].to(dtype),
+                query.temperature,
+            )
+            for query in queries
         ]
-    values, gradients = zip(*found, strict=True)
-    return attach(values, rows, gradients)
 
 
-def _against_positives(rows: Tensor, positives: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _against_positives(rows: Tensor, positives: Tensor, bank: Tensor, temperature: float) -> Term:
     """Return MoCo's loss of one context and its gradient with respect to `rows`."""
     z = rows / temperature
     logits = torch.cat([torch.sum(z * positives, dim=1, keepdim=True), z @ bank.T], dim=1)

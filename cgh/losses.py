@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cgh import kept
 from cgh.centring import Centring
 from cgh.contexts import (
     Banks,
@@ -25,8 +26,7 @@ from cgh.contexts import (
     check_temperature,
     check_values,
 )
-from cgh.kept import cross_entropies, infonce, keeps
-from cgh.streaming import Query, Relation, stream
+from cgh.streaming import Query, Term, attach, stream
 
 STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
 TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
@@ -133,13 +133,13 @@ class CrossContextLoss(nn.Module):
     ) -> dict[tuple[str, str], Tensor]:
         """`terms` of what has been checked."""
         learners, guides = _unique(pairs)
-        views = {name: [view[name] for view in (z, *local_views) if name in view] for name in learners}
+        rows = {name: _stacked([view[name] for view in (z, *local_views) if name in view]) for name in learners}
         students = [
-            Query(_stacked(views[name]), name, _temperature(self.student_temperature, name)) for name in learners
+            Query(x, name, _temperature(self.student_temperature, name), averages=[name]) for name, x in rows.items()
         ]
         teachers = [
             Query(
-                t[name].detach(),
+                t[name],
                 name,
                 _temperature(self.teacher_temperature, name),
                 averages=[learner for learner, guide in pairs if guide == name],
@@ -147,15 +147,9 @@ class CrossContextLoss(nn.Module):
             )
             for name in guides
         ]
-        if keeps([*students, *teachers], memory):
-            return cross_entropies(pairs, students, teachers, memory)
-        relations = stream(memory, [*students, *teachers])
-        student = dict(zip(learners, relations[: len(learners)], strict=True))
-        teacher = dict(zip(guides, relations[len(learners) :], strict=True))
-        return {
-            (learner, guide): _cross_entropy(student[learner], teacher[guide].means[learner])
-            for learner, guide in pairs
-        }
+        find = kept.cross_entropies if kept.keeps([*students, *teachers], memory) else _cross_entropies
+        values, gradients = zip(*find(pairs, students, teachers, memory), strict=True)
+        return dict(zip(pairs, attach(values, [rows[learner] for learner, _ in pairs], gradients), strict=True))
 
     @override
     def extra_repr(self) -> str:
@@ -227,41 +221,62 @@ class InfoNCELoss(nn.Module):
         check_contexts(z, "student")
         check_same_contexts(z, t)
         check_batch(z, t, memory, list(z), list(z))
-        queries = [Query(z[name], name, self.temperature) for name in z]
-        if keeps(queries, memory):
-            losses = infonce(queries, t, memory)
-            _check_both(losses, z, t)
-            return reduce(torch.add, losses)
-        relations = stream(memory, queries)
-        positives = [
-            torch.sum(relation.rows * t[name].detach(), dim=1) for name, relation in zip(z, relations, strict=True)
-        ]
-        # The softmax over the positive and the memory, at the positive, is a sigmoid.
-        margins = [positive - relation.logsumexp for positive, relation in zip(positives, relations, strict=True)]
-        _check_both([margin.sum() for margin in margins], z, t)
-        return reduce(torch.add, [-F.logsigmoid(margin).mean() for margin in margins])
+        queries = [Query(x, name, self.temperature, averages=[name]) for name, x in z.items()]
+        held = kept.keeps(queries, memory)
+        values, gradients = zip(*(kept.infonce if held else _infonce)(queries, t, memory), strict=True)
+        # A positive that is infinite makes the sigmoid 1, and a loss of zero.
+        if not held or not are_finite(values):
+            check_values(z, "student")
+            check_values(t, "teacher")
+        return reduce(torch.add, attach(values, list(z.values()), gradients))
 
     @override
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
 
-def _cross_entropy(student: Relation, expected: Tensor) -> Tensor:
-    """Return `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, the mean over all views of the batch.
+def _cross_entropies(
+    pairs: Sequence[tuple[str, str]], students: Sequence[Query], teachers: Sequence[Query], memory: Banks
+) -> list[Term]:
+    """Return by pair `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, from one pass over the memory.
 
     Args:
-        student: the relation of the student's rows, one view after the other, `(V * N)` of them.
-        expected: the learner's mean row under the teacher's relation, `sum_j t_j M_j`, `(N, D)`.
+        pairs: (learner, guide), names of the banks of a student and of a teacher.
+        students: of each learner, embeddings `(V * N, D)`, one view after the other, with their own mean rows.
+        teachers: of each guide, embeddings `(N, E)`, with the learners' mean rows.
+        memory: banks `(K, D)` and `(K, E)`.
     """
-    views = student.rows.unflatten(0, (-1, len(expected)))
-    return (student.logsumexp.view(len(views), -1) - torch.sum(views * expected, dim=-1)).mean()
+    relations = stream(memory, [*students, *teachers])
+    student = {
+        query.bank: (query, relation) for query, relation in zip(students, relations[: len(students)], strict=True)
+    }
+    expected = {
+        (learner, query.bank): mean
+        for query, relation in zip(teachers, relations[len(students) :], strict=True)
+        for learner, mean in relation.means.items()
+    }
+    terms = []
+    for pair in pairs:
+        query, relation = student[pair[0]]
+        views = relation.rows.unflatten(0, (-1, len(expected[pair])))
+        value = (relation.logsumexp.view(len(views), -1) - torch.sum(views * expected[pair], dim=-1)).mean()
+        gradient = (relation.means[query.bank].view_as(views) - expected[pair]).flatten(0, 1)
+        terms.append((value, gradient / (query.temperature * len(gradient))))
+    return terms
 
 
-def _check_both(results: Sequence[Tensor], z: Contexts, t: Contexts) -> None:
-    """Look for values that are not finite in the embeddings if `results` have some."""
-    if not are_finite(results):
-        check_values(z, "student")
-        check_values(t, "teacher")
+def _infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
+    """Return InfoNCE of each context, from one pass over the memory.
+
+    The softmax over the positive and the memory, at the positive, is a sigmoid.
+    """
+    terms = []
+    for query, relation in zip(queries, stream(memory, queries), strict=True):
+        positive = positives[query.bank].detach().to(relation.rows.dtype)
+        margins = torch.sum(relation.rows * positive, dim=1) - relation.logsumexp
+        share = torch.sigmoid(-margins) / (query.temperature * len(margins))
+        terms.append((-F.logsigmoid(margins).mean(), share.unsqueeze(1) * (relation.means[query.bank] - positive)))
+    return terms
 
 
 def _stacked(views: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import reduce
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,14 +56,18 @@ class Query(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """What a loss needs of the relation of a query's rows, in at least float32."""
+    """What a loss needs of the relation of a query's rows, in at least float32, without gradient."""
 
     rows: Tensor
     """`z / temperature`, `(R, D)`."""
     logsumexp: Tensor
-    """`log sum_j exp(rows . M_j)`, `(R,)`, differentiable once with respect to the embeddings."""
+    """`log sum_j exp(rows . M_j)`, `(R,)`."""
     means: dict[str, Tensor]
-    """By bank, `sum_j softmax(rows . M)_j bank_j`, `(R, D of that bank)`, without gradient."""
+    """By bank, `sum_j softmax(rows . M)_j bank_j`, `(R, D of that bank)`."""
+
+
+Term: TypeAlias = tuple[Tensor, Tensor]
+"""A part of a loss, a scalar, and its gradient with respect to the rows of a query."""
 
 
 def backend(x: Tensor) -> Literal["torch", "triton"]:
@@ -87,9 +91,8 @@ def common_dtype(queries: Sequence[Query]) -> torch.dtype:
 def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     """Return every query's relation, from one pass over the banks.
 
-    The gradient is computed in the pass, so the banks may be overwritten before `backward`. Sums are at least float32,
-    whatever the embeddings and the banks hold, and so are products in plain torch; with Triton (see `backend`),
-    products are in autocast's dtype, or in that of embeddings in half precision.
+    Sums are at least float32, whatever the embeddings and the banks hold, and so are products in plain torch; with
+    Triton (see `backend`), products are in autocast's dtype, or in that of embeddings in half precision.
 
     Args:
         memory: banks `(K, D)` of one length, of any floating point dtype.
@@ -105,16 +108,9 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         True
     """
     dtype = common_dtype(queries)
-    rows = [query.embeddings.to(dtype) / query.temperature for query in queries]
-    learns = [torch.is_grad_enabled() and x.requires_grad for x in rows]
+    rows = [query.embeddings.detach().to(dtype) / query.temperature for query in queries]
     names = list(dict.fromkeys(name for query in queries for name in (query.bank, *query.averages)))
-    wanted = list(
-        dict.fromkeys(
-            (number, name)
-            for number, query in enumerate(queries)
-            for name in (*query.averages, *([query.bank] if learns[number] else []))
-        )
-    )
+    wanted = list(dict.fromkeys((number, name) for number, query in enumerate(queries) for name in query.averages))
     how = backend(rows[0])
     products = dtype
     if how == "triton":
@@ -123,7 +119,7 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
     # The operator's own way takes longer than all kernels of a small loss.
     compute = _stream if torch.compiler.is_compiling() else _relations
     results = compute(
-        [x.detach() for x in rows],
+        rows,
         [memory[name].detach() for name in names],
         [None if query.centre is None else query.centre.detach() / query.temperature for query in queries],
         [names.index(query.bank) for query in queries],
@@ -133,9 +129,6 @@ def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
         products,
     )
     logsumexps, means = results[: len(queries)], dict(zip(wanted, results[len(queries) :], strict=True))
-    for number, (query, learn) in enumerate(zip(queries, learns, strict=True)):
-        if learn:  # each by itself, so that one term's backward leaves the others'
-            [logsumexps[number]] = attach([logsumexps[number]], [rows[number]], [means[number, query.bank]])
     return [
         Relation(rows[number], logsumexps[number], {name: means[number, name] for name in query.averages})
         for number, query in enumerate(queries)
@@ -312,9 +305,9 @@ def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> flo
 
 
 def attach(values: Sequence[Tensor], rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return each of `values` with its gradient with respect to its `rows`, `(R, D)` as they are.
+    """Return scalars with their gradients, each with respect to the rows `(R, D)` at its place.
 
-    A value is a scalar, or `(R,)`, each element of which depends on one row. They can be differentiated once.
+    They can be differentiated once.
 
     Example:
         >>> import torch
@@ -325,6 +318,7 @@ def attach(values: Sequence[Tensor], rows: Sequence[Tensor], gradients: Sequence
         >>> rows.grad[0]
         tensor([4., 4., 4.])
     """
+    rows = [x.to(gradient.dtype) for x, gradient in zip(rows, gradients, strict=True)]
     attached: tuple[Tensor, ...] = _Attach.apply(*values, *rows, *gradients)
     return attached
 
@@ -346,10 +340,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = [
-            None if grad is None else grad.unsqueeze(-1) * gradient
-            for grad, gradient in zip(grads, ctx.gradients, strict=True)
-        ]
+        found = [None if grad is None else grad * gradient for grad, gradient in zip(grads, ctx.gradients, strict=True)]
         # Applying a function costs more than a small product: only where the gradient is recorded.
         if torch.is_grad_enabled():
             found = [x if x is None else _Once.apply(x, rows) for x, rows in zip(found, ctx.saved_tensors, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import cgh
-from cgh import colour_kernels, colours, crop_kernels, kernels, streaming, views
+from cgh import colour_kernels, colours, crop_kernels, kept, kernels, streaming, views
 from cgh.relation import infonce_term
 from tests.test_streaming import gradients, inputs, mean, readable
 
@@ -38,7 +38,7 @@ def test_exponentiate(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "backend", lambda x: "triton")
-    monkeypatch.setattr(cgh.losses, "keeps", lambda *_: False)
+    monkeypatch.setattr(kept, "LIMIT", 0)
     monkeypatch.setattr(streaming, "BUFFER", {"cpu": 1})
     monkeypatch.setattr(streaming, "MIN_CHUNK", 200)
     monkeypatch.setattr(kernels, "BLOCK", 128)
