@@ -51,6 +51,10 @@ class Centring(LocalTensors):
         check_values({name: t[name] for name in self}, "teacher")
         check_banks(t, memory, "teacher", list(self))
         for name in self:
+            if len(memory[name]) != len(self[name]):
+                raise ValueError(
+                    f"memory[{name!r}] has {len(memory[name])} rows, and the centre {len(self[name])}: one for each."
+                )
             # The mean of t . M over the batch is (the mean of t) . M: no matrix.
             mean = distributed.mean(t[name].mean(dim=0))
             centre = (memory[name] @ mean.to(memory[name])).to(self[name])

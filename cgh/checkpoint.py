@@ -61,7 +61,7 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         raise TypeError(f"the state is a {type(state).__name__}; write what it holds{remedy}.")
     state = dict(state)
     check_plain(state)
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
@@ -166,9 +166,10 @@ def _copy(value: Any) -> Any:
         return copied.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
         mapping = copy.copy(value)  # with the versions that a state_dict carries as an attribute
-        mapping.update((key, _copy(x)) for key, x in value.items())
+        for key, x in value.items():  # a Counter's update counts
+            mapping[key] = _copy(x)
         return mapping
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set):
         return type(value)(_copy(x) for x in value)
     return copy.copy(value)
 

@@ -153,7 +153,7 @@ class HypercolumnExtractor(nn.Module):
         self._convolutional = {layer: takes_maps(self._layer(layer)) for layer in self.layers}
         self._slots = _Slots()
         for layer in self.layers:
-            for module in same_output(self._layer(layer)):
+            for module in same_output(self._layer(layer), backbone):
                 module.register_forward_hook(_Capture(self._slots, layer))
 
     @override
@@ -455,13 +455,16 @@ def remove_hooks(backbone: nn.Module) -> None:
                 del module._forward_hooks[key]
 
 
-def same_output(module: nn.Module) -> list[nn.Module]:
-    """Return the modules whose output is that of `module`: itself, and of an `nn.Sequential` its last.
+def same_output(module: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """Return the modules of `model` whose output is that of `module`: itself, and of an `nn.Sequential` its last.
 
-    Gradient checkpointing of a stage (timm's) runs its blocks one by one, and not the stage.
+    Gradient checkpointing of a stage (timm's) runs its blocks one by one, and not the stage. A last module that has
+    other places in the model too, as a pooling that all stages share, gives more than this output.
     """
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        return [module, *same_output(module[-1])]
+        last = module[-1]
+        if sum(x is last for _, x in model.named_modules(remove_duplicate=False)) == 1:
+            return [module, *same_output(last, model)]
     return [module]
 
 

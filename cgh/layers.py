@@ -107,7 +107,7 @@ def list_layers(model: nn.Module, image_size: int | Sequence[int] = 224, depth: 
     handles = [
         last.register_forward_hook(lambda _, __, output, name=name, module=module: record(name, module, output))
         for name, module in layers
-        for last in same_output(module)
+        for last in same_output(module, model)
     ]
     try:
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):

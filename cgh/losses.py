@@ -81,6 +81,8 @@ class CrossContextLoss(nn.Module):
         if pairs is not None and (not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs)):
             raise ValueError(f"pairs is {pairs!r}; give (learner, guide) names, such as [('global', 'hypercolumn')].")
         self.pairs = None if pairs is None else [(learner, guide) for learner, guide in pairs]
+        if self.pairs is not None and len(set(self.pairs)) < len(self.pairs):
+            raise ValueError(f"pairs is {self.pairs!r}; name each once.")
         self.centring = centring
 
     def check_names(self, names: Collection[str]) -> None:

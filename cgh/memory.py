@@ -76,6 +76,8 @@ class MemoryBank(LocalTensors, Counted):
 
     @pointer.setter
     def pointer(self, pointer: int) -> None:
+        if not 0 <= pointer < self.size:
+            raise ValueError(f"pointer is {pointer}; it is a row of a bank, from 0 to {self.size - 1}.")
         self._set_count(pointer)
 
     @torch.no_grad()

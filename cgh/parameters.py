@@ -24,8 +24,8 @@ def parameter_groups(
     Args:
         model: any; a backbone inside it is found, as in a `cgh.CGH` or a `ContextEncoder`.
         learning_rate: of what learns fastest.
-        weight_decay: of the weights of linear layers and convolutions; biases, norms, position embeddings, class tokens
-            and the scales of layers have none. By default all have the optimiser's own.
+        weight_decay: of the weights of linear, convolutional and recurrent layers; biases, norms, embeddings, class
+            tokens and the scales of layers have none. By default all have the optimiser's own.
         layer_decay: above 0, up to 1, which treats all alike.
 
     Returns:
@@ -49,13 +49,25 @@ def parameter_groups(
     scales = _scales(find_backbone(model), layer_decay) if layer_decay < 1 else {}
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        spared = weight_decay is not None and not (parameter.ndim > 1 and name.endswith("weight"))
+        spared = weight_decay is not None and not _decays(model, name, parameter)
         groups.setdefault((scales.get(parameter, 1.0), spared), []).append(parameter)
     return [
         {"params": groups[scale, spared], "lr": learning_rate * scale}
         | ({} if weight_decay is None else {"weight_decay": 0.0 if spared else weight_decay})
         for scale, spared in sorted(groups)
     ]
+
+
+def _decays(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a weight of a layer that decays, also where it is parametrized."""
+    path, _, original = f".{name}".partition(".parametrizations.")
+    plain = f"{path}.{original.partition('.')[0]}" if original else path
+    owner, _, leaf = plain.removeprefix(".").rpartition(".")
+    layer = model.get_submodule(owner)
+    # By name, as each library has norms of its own, and parametrized layers theirs with a prefix.
+    spared = isinstance(layer, nn.Embedding) or "Norm" in type(layer).__name__ or type(layer).__name__.endswith("GRN")
+    is_scale = original.endswith("original0") or leaf == "weight_g"  # of a weight norm
+    return parameter.ndim > 1 and "weight" in leaf and not spared and not is_scale
 
 
 def _scales(backbone: nn.Module, decay: float) -> dict[Tensor, float]:

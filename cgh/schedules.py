@@ -78,7 +78,7 @@ class TeacherMomentum:
     Args:
         base: at the first update.
         steps: updates in all.
-        final: at the last one and past it.
+        final: once all are made, one update after the last.
 
     Raises:
         ValueError: a momentum outside 0 to 1, or `steps` below 1.

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cgh import distributed
+from cgh.contexts import check_contexts
 from cgh.state import Counted
 
 Integer = TypeVar("Integer", int, Tensor)
@@ -32,7 +33,9 @@ class BatchShuffle(Counted):
         `(encoder, images (N, ...))` -> the encoder's contexts, `(N, D)` each.
 
     Raises:
-        ValueError: the ranks' batches have different sizes; every rank says so.
+        TypeError: the encoder gives no contexts.
+        ValueError: the ranks' batches have different sizes; every rank says so. The encoder gives other than one row
+            for each image.
         RuntimeError: a rank is missing.
 
     Example:
@@ -75,6 +78,9 @@ class BatchShuffle(Counted):
             order = _shared_order(self._on_host, len(images), self.seed)
         self._count.add_(1)
         contexts = encoder(distributed.permute(images, order))
+        check_contexts(contexts, "what the encoder gives")
+        if (rows := len(next(iter(contexts.values())))) != len(images):
+            raise ValueError(f"the encoder gives {rows} rows for {len(images)} images; it gives one for each.")
         inverse = torch.argsort(order)
         embeddings = distributed.permute(torch.cat(list(contexts.values()), dim=1), inverse)
         widths = [x.shape[1] for x in contexts.values()]

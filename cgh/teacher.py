@@ -15,7 +15,8 @@ from cgh.modes import check_module
 from cgh.state import Counted, LocalTensors
 from cgh.wrappers import own_copy, plain_names, unwrap
 
-STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
+DROPPING = ("Drop", "StochasticDepth")
+"""In the names of classes that drop something at a rate `p` or `prob`."""
 
 
 class EMATeacher(Counted):
@@ -61,6 +62,7 @@ class EMATeacher(Counted):
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
         self.averages = _Averages()
         self.averages.follow(_Parameters(self.encoder).named())
+        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]  # torch's own
         self._known: tuple[_Parameters, _Parameters] | None = None  # the teacher's and the student's
 
     @property
@@ -128,6 +130,11 @@ class EMATeacher(Counted):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": None}  # so that a copy of the teacher holds no copy of the student
 
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        _follow(self)
+
 
 class _Averages(LocalTensors):
     """Averages in float32 of the parameters that are in half precision, by their names with "/" in place of "."."""
@@ -142,8 +149,9 @@ class _Averages(LocalTensors):
         for name, x in parameters.items():
             if x.dtype.is_floating_point and x.dtype.itemsize < 4:
                 average = self._tensors.get(name.replace(".", "/"))
-                if average is None or self._versions.get(name, x._version) != x._version:
+                if average is None or self._versions.setdefault(name, x._version) != x._version:
                     average = x.detach().float()
+                    self._versions[name] = x._version
                 averages[name] = average.to(x.device)
         self._tensors = {name.replace(".", "/"): x for name, x in averages.items()}
         return {**parameters, **averages}
@@ -156,8 +164,12 @@ class _Averages(LocalTensors):
             self._versions = {name: x._version for name, x in rounded.items()}
 
     def accept(self) -> None:
-        """Take the parameters' present values for the averages'."""
+        """Take the parameters' values at the next `follow` for the averages'."""
         self._versions = {}
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_versions": {}}  # a copy's parameters begin to count anew
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -174,6 +186,11 @@ class _Averages(LocalTensors):
         saved = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
         self._tensors = {name: x.detach().clone() for name, x in saved.items()}
         self.accept()
+
+
+def _follow(teacher: EMATeacher, _: object = None) -> None:
+    """Note which parameters the averages are of, as soon as both are loaded or copied."""
+    teacher.averages.follow(_Parameters(teacher.encoder).named())
 
 
 class _Parameters:
@@ -251,12 +268,10 @@ def _check_momentum(momentum: float) -> float:
 
 
 def _turn_dropout_off(encoder: nn.Module) -> None:
-    """Set the probability of each dropout and stochastic depth to 0, whatever the mode of the module is."""
+    """Set each rate of dropout and stochastic depth to 0, whatever the mode of the module is."""
     for module in encoder.modules():
-        # By name, as each library has a class of its own, and so by attribute.
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__.endswith(STOCHASTIC_DEPTH):
-            for attribute in ("p", "drop_prob"):
-                if hasattr(module, attribute):
-                    setattr(module, attribute, 0.0)
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
+        # By name, as each library has classes of its own, and some keep a rate for a function.
+        drops = any(part in type(module).__name__ for part in DROPPING)
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in attribute or (drops and attribute in ("p", "prob"))):
+                setattr(module, attribute, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,8 @@ from cgh.evaluate import extract_features, knn
 from cgh.extras import require
 from cgh.interop.backbone import find_backbone
 from cgh.labels import integer_labels
-from cgh.losses import CrossContextLoss
 from cgh.method import CGH, CGHOutput
-from cgh.relation import RelationMatrix
+from cgh.relation import similarity
 from cgh.wrappers import unwrap
 
 COLLAPSED = 0.25  # of the highest effective rank so far
@@ -49,8 +49,8 @@ class Watch:
     | --- | --- |
     | `loss/*` | the losses of a `cgh.CGHOutput` |
     | `rank/student_CONTEXT`, `rank/teacher_CONTEXT` | effective rank of the embeddings of a batch, over all ranks |
-    | `entropy/student_CONTEXT`, `entropy/teacher_CONTEXT` | of the relations, where the model is a `cgh.CGH` |
-    | `probe/loss`, `probe/top1` | of the linear probe, on batches before it learns from them, the mean since the last |
+    | `entropy/student_CONTEXT`, `entropy/teacher_CONTEXT` | of a `cgh.CGH`'s relations, where they have a temperature |
+    | `probe/loss`, `probe/top1` | of the linear probe before it learns, the mean over labelled images since the last |
     | `knn/top1`, `knn/top5` | of nearest neighbours by the frozen backbone |
 
     A warning says once that the student's embeddings collapse: that their effective rank is below a quarter of the
@@ -60,8 +60,10 @@ class Watch:
         model: a `cgh.CGH`, a `ContextEncoder`, or any backbone, also when wrapped.
         loggers: each is told the figures, on rank 0.
         every: steps from one look to the next.
-        probe: learns from the backbone's features of every batch, where labels are given; what the backbone gives in
-            training is seen by a hook, so build this before compiling the model.
+        probe: learns from the backbone's features of every batch, where labels are given. They are seen by a hook, so
+            build this before compiling the model: those of the strong view in the last call of a `cgh.CGH`, and in a
+            loop of your own those of the backbone's last pass with gradient of as many images as there are labels.
+            So call this after each batch that has labels, before the next one goes through the model.
         train: labelled images, as they are evaluated, whose neighbours vote.
         test: labelled images to be classified by them.
         neighbours_every: steps from one classification by neighbours to the next.
@@ -111,7 +113,10 @@ class Watch:
         self._seen = _Seen()
         if probe is not None:
             self.backbone.register_forward_hook(self._seen)
-        self._probed: list[Tensor] = []  # loss and accuracy of every batch since the last look
+            for part in self.model.modules():
+                if isinstance(part, CGH):
+                    part.register_forward_pre_hook(self._seen.begin)
+        self._probed: list[Tensor] = []  # of every batch since the last look: sums of loss and hits, and images
         self._highest: dict[str, float] = {}
         self._warned = False
         self._step = 0  # the last one that was looked at
@@ -141,10 +146,9 @@ class Watch:
             figures: of the loop's own, such as its learning rate, to be logged too.
         """
         if self.probe is not None and labels is not None:
-            if self._seen.features is None:
-                raise ValueError("the backbone gave no features in this step for the probe; call the model first.")
-            self._probed.append(self.probe.learn(self._seen.features, labels))
-        self._seen.features = None
+            labels = integer_labels(labels)
+            self._probed.append(self.probe._learn(self._seen.of(labels.numel()), labels))
+        self._seen.clear()
         found: dict[str, float] = {}
         new, self._step = step != self._step, step
         if new and step % self.every == 0:
@@ -177,11 +181,13 @@ class Watch:
             for context, z in contexts.items():
                 figures[f"rank/{who}_{context}"] = diagnostics.effective_rank(gather(z.detach()))
                 if isinstance(self.model, CGH):
-                    temperature = _temperature(self.model.relation_loss, who, context)
-                    relations = RelationMatrix(temperature)(z[:IMAGES].detach(), self.model.memory[context])
-                    figures[f"entropy/{who}_{context}"] = mean(diagnostics.relation_entropy(relations))
+                    relations = _relations(self.model, who, context, z[:IMAGES].detach())
+                    if relations is not None:
+                        figures[f"entropy/{who}_{context}"] = mean(diagnostics.relation_entropy(relations))
         if self._probed:
-            figures["probe/loss"], figures["probe/top1"] = mean(torch.stack(self._probed).mean(0))
+            loss, hits, images = mean(torch.stack(self._probed).sum(0))
+            if images > 0:  # over all ranks
+                figures["probe/loss"], figures["probe/top1"] = loss / images, 100 * hits / images
             self._probed.clear()
         found = {name: figure.item() for name, figure in figures.items()}
         self._warn_of_collapse({name: value for name, value in found.items() if name.startswith("rank/student")})
@@ -254,12 +260,20 @@ class OnlineProbe:
         return f"OnlineProbe(width={self.width}, classes={self.classes})"
 
     def learn(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Take one step; return the loss and the accuracy in percent from before it, `(2,)`.
+        """Take one step; return the loss and the accuracy in percent from before it, `(2,)`: NaN where nothing counts.
+
+        Left out are images whose features, or their squares, are not finite, and whole batches with fewer than two
+        others: a single image has no variance to be scaled by.
 
         Args:
             features: `(N, W)`.
             labels: `(N,)`, of any integer type; images below 0 are left out.
         """
+        loss, hits, images = self._learn(features, labels).unbind()
+        return torch.stack([loss / images, 100 * hits / images])
+
+    def _learn(self, features: Tensor, labels: Tensor) -> Tensor:
+        """As `learn`, but return the sum of the losses, the hits and the images that count, `(3,)`."""
         labels = integer_labels(labels)
         if features.ndim != 2 or features.shape[1] != self.width or labels.shape != features.shape[:1]:
             raise ValueError(
@@ -268,19 +282,26 @@ class OnlineProbe:
             )
         if labels.device.type == "cpu" and labels.numel() and labels.max() >= self.classes:
             raise ValueError(f"a label is {int(labels.max())}; the probe has classes 0 to {self.classes - 1}.")
-        labels = labels.to(features.device).clamp(min=-1)
-        known = (labels >= 0).sum().clamp(min=1)
-        with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(self.norm(features.detach().float()), self.weight, self.bias)
-            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
-            self.weight.grad, self.bias.grad = torch.autograd.grad(loss, [self.weight, self.bias])
+        if len(features) < 2:
+            return self.bias.new_zeros(3)
+        x = features.detach().float()
+        finite = (len(x) * x.square()).sum(1).isfinite()  # and so is the variance
+        images = finite.sum()
+        # At the others' mean an image moves nothing but the variance, which is then scaled back.
+        x = torch.where(finite[:, None], x, 0)
+        x = torch.where(finite[:, None], x, x.sum(0) / images.clamp(min=1))
+        labels = torch.where(finite & (images > 1), labels.to(x.device).clamp(min=-1), -1)
+        known = (labels >= 0).sum()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(self.norm(x) * (images / len(x)).sqrt(), self.weight, self.bias)
+            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            self.weight.grad, self.bias.grad = torch.autograd.grad(loss / known.clamp(min=1), [self.weight, self.bias])
         self.optimizer.step()
-        top1 = 100 * (logits.argmax(1) == labels).sum() / known
-        return torch.stack([loss.detach(), top1])
+        return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum(), known])
 
 
 class CSV:
-    """A file of rows step, figure, value; a run that goes on appends to it."""
+    """A file of rows step, figure, value, which reads back equal; a run that goes on appends to it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -291,7 +312,8 @@ class CSV:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(
-                (step, name, f"{value:.6g}") for name, value in figures.items()
+                (step, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+                for name, value in figures.items()
             )
 
 
@@ -355,17 +377,56 @@ def lightning_callback(watch: Watch, look: Callable[[Any, Any], tuple[CGHOutput 
 
 
 class _Seen:
-    """A forward hook that keeps the first features of a training step: an object, so that it copies and pickles."""
+    """A forward hook that keeps features of passes with gradient: an object, so that it copies and pickles.
+
+    Of passes of as many images it keeps the last, as earlier ones may be of a step that was skipped; but of those in
+    one call of a `cgh.CGH` the first, which is of the strong view, as later ones are of multi-crop's.
+    """
 
     def __init__(self) -> None:
-        self.features: Tensor | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.features: list[Tensor] = []  # of every number of images
+        self.in_method = False
+
+    def begin(self, module: nn.Module, args: object) -> None:
+        """Forget what a `cgh.CGH` gave before; a hook of it."""
+        if torch.is_grad_enabled():
+            self.features, self.in_method = [], True
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         pooled = getattr(output, "pooler_output", output)
-        if torch.is_grad_enabled() and self.features is None and isinstance(pooled, Tensor):
-            self.features = pooled.detach().flatten(1)
+        if not (torch.is_grad_enabled() and isinstance(pooled, Tensor)):
+            return
+        others = [x for x in self.features if len(x) != len(pooled)]
+        if not self.in_method or len(others) == len(self.features):
+            self.features = [*others, pooled.detach().flatten(1)]
+
+    def of(self, images: int) -> Tensor:
+        """Return the features of as many images.
+
+        Raises:
+            ValueError: there are none.
+        """
+        for x in self.features:
+            if len(x) == images:
+                return x
+        raise ValueError(
+            f"there are {images} labels, and features of {[len(x) for x in self.features]} images, which the backbone "
+            "gave with gradient since the last step; call the model first, and label each image, or give it -1."
+        )
 
 
-def _temperature(loss: CrossContextLoss, who: str, context: str) -> float:
+def _relations(model: CGH, who: str, context: str, z: Tensor) -> Tensor | None:
+    """The relations that the loss of `model` compares, or None where it has no temperature for them."""
+    loss = model.relation_loss
     temperature = loss.student_temperature if who == "student" else loss.teacher_temperature
-    return temperature[context] if isinstance(temperature, Mapping) else temperature
+    if isinstance(temperature, Mapping):
+        if context not in temperature:
+            return None
+        temperature = temperature[context]
+    similarities = similarity(z, model.memory[context])
+    if who == "teacher" and loss.centring is not None:
+        similarities = similarities - loss.centring[context]
+    return (similarities / temperature).softmax(dim=1)

@@ -312,3 +312,24 @@ def test_tensors_without_values_are_not_written(tmp_path: Path) -> None:
             save({"model": state})
     writer.wait()
     assert checkpoint.load(path) == {"epoch": 1}
+
+
+def test_a_writer_copies_counters_and_sets(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6])
+    x = torch.ones(2)
+    writer = checkpoint.Writer(functools.partial(checkpoint.save, path=tmp_path / "run.pt"))
+    writer.save({"schedule": schedule.state_dict(), "set": {x}})
+    x.zero_()
+    writer.wait()
+    state = checkpoint.load(tmp_path / "run.pt")
+    assert state["schedule"]["milestones"] == {3: 1, 6: 1}
+    assert [value.tolist() for value in state["set"]] == [[1.0, 1.0]]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    checkpoint.save({"step": 1}, tmp_path / "one.pt")
+    (tmp_path / "last.pt").symlink_to("one.pt")
+    checkpoint.save({"step": 2}, tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").is_symlink()
+    assert checkpoint.load(tmp_path / "one.pt") == {"step": 2}

@@ -297,3 +297,21 @@ def test_a_backbone_that_cannot_take_the_probe_image() -> None:
     with pytest.raises(ValueError, match=r"failed on a \(3, 224, 224\) image: .* Pass image_shape="):
         features.widths()
     assert features.widths((3, 32, 32)) == (8, {"hypercolumn": 8})
+
+
+class SharedPooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        pool = nn.MaxPool2d(2)
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), pool)
+        self.second = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), pool)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images)).mean((2, 3))
+
+
+def test_stages_that_share_their_last_module_have_maps_of_their_own() -> None:
+    model, images = SharedPooling(), torch.randn(2, 3, 16, 16)
+    extractor = cgh.HypercolumnExtractor(model, ["first"])
+    assert torch.equal(extractor(images).hypercolumn, model.first(images))
+    assert [layer.shape for layer in cgh.list_layers(model, 16, depth=1)] == [(8, 8, 8), (16, 4, 4)]

@@ -201,3 +201,8 @@ def test_bad_pairs_and_views() -> None:
         cgh.CrossContextLoss()(*three)
     with pytest.raises(ValueError, match="local view 0 has 4 images, the student 5"):
         cgh.CrossContextLoss()(z, t, memory, {"global": z["global"][:4]})
+
+
+def test_a_pair_named_twice() -> None:
+    with pytest.raises(ValueError, match="name each once"):
+        cgh.CrossContextLoss(pairs=[("global", "global"), ("global", "global")])

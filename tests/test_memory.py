@@ -188,3 +188,10 @@ def test_goes_through_meta_and_distributed_checkpoints(tmp_path: Path) -> None:
 def test_starts_alike_whatever_the_default_device_and_dtype() -> None:
     with torch.device("meta"):
         assert cgh.MemoryBank(DIMS, size=6)["global"].is_meta
+
+
+@pytest.mark.parametrize("pointer", [-1, 10, 123])
+def test_a_pointer_outside_the_bank(pointer: int) -> None:
+    memory = cgh.MemoryBank({"global": 4}, size=10)
+    with pytest.raises(ValueError, match=f"pointer is {pointer}; it is a row of a bank, from 0 to 9"):
+        memory.pointer = pointer

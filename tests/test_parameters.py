@@ -94,3 +94,21 @@ def test_bad_input() -> None:
         cgh.parameter_groups([*plain.parameters()], 0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layer_decay is 0\.5, and in a Sequential no blocks follow one another"):
         cgh.parameter_groups(plain, 0.1, layer_decay=0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "decaying"),
+    [
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), {"parametrizations.weight.original1"}),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), {"parametrizations.weight.original"}),
+        (nn.LayerNorm((4, 2, 2)), set()),
+        (nn.Embedding(5, 4), set()),
+        (nn.LSTM(3, 4), {"weight_ih_l0", "weight_hh_l0"}),
+        (nn.MultiheadAttention(4, 2), {"in_proj_weight", "out_proj.weight"}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), {"0.weight"}),
+    ],
+)
+def test_the_weights_of_layers_decay_and_nothing_else(module: nn.Module, decaying: set[str]) -> None:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = cgh.parameter_groups(module, 1.0, weight_decay=0.1)
+    assert {names[x] for group in groups for x in group["params"] if group["weight_decay"]} == decaying

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -72,3 +75,15 @@ def test_permutations_are_even_and_the_same_wherever_they_are_computed() -> None
     big = permutation(4096, 2**40 + 1, 5, cpu)
     assert torch.equal(big.sort().values, torch.arange(4096))
     assert torch.equal(big, permutation(4096, 2**40 + 1, torch.tensor(5), cpu))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "error", "message"),
+    [
+        (lambda images: images, TypeError, "what the encoder gives must map context names"),
+        (lambda images: {"global": torch.cat([images, images])}, ValueError, "gives 8 rows for 4 images"),
+    ],
+)
+def test_an_encoder_of_other_outputs(encoder: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cgh.BatchShuffle()(encoder, torch.randn(4, 3))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import cgh
@@ -255,3 +256,39 @@ def test_a_compiled_update_is_the_eager_one_and_no_graph_a_step() -> None:
 def test_a_scripted_student_is_refused() -> None:
     with pytest.raises(TypeError, match="the student is a ScriptModule; pass the module that it was made of"):
         cgh.EMATeacher(torch.jit.script(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("how", ["new", "moved", "copied", "loaded", "updated"])
+def test_weights_written_into_a_half_precision_teacher_stay(how: str) -> None:
+    student = nn.Linear(4, 4).bfloat16()
+    teacher = cgh.EMATeacher(student, 0.999)
+    if how == "moved":
+        teacher.to("cpu")
+    elif how == "copied":
+        teacher = copy.deepcopy(teacher)
+    elif how == "loaded":
+        teacher.load_state_dict(teacher.state_dict())
+    elif how == "updated":
+        teacher.update(student)
+    teacher.encoder.load_state_dict({name: torch.full_like(x, 3.0) for name, x in student.state_dict().items()})
+    teacher.update(student)
+    assert all(x.min() > 2.9 for x in teacher.encoder.parameters())
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_rate = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.drop_rate, self.training)
+
+
+@pytest.mark.parametrize(
+    "module", [Functional(), nn.LSTM(4, 4, 2, dropout=0.5), torchvision.ops.DropBlock2d(0.5, 3), nn.AlphaDropout(0.5)]
+)
+def test_no_rate_of_dropout_is_left(module: nn.Module) -> None:
+    x = torch.randn(4, 3, 4, 4) if not isinstance(module, nn.LSTM) else torch.randn(8, 4, 4)
+    for different, encoder in ((True, module), (False, cgh.EMATeacher(module))):
+        first, second = (out[0] if isinstance(out := encoder(x), tuple) else out for _ in range(2))
+        assert torch.equal(first, second) is not different

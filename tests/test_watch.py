@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,120 @@ def test_the_probe_learns_what_a_linear_layer_can_and_takes_no_gradient() -> Non
     assert probe.learn(features, half)[1] == 100, "images without labels do not count"
 
 
+def separable(count: int) -> tuple[Tensor, Tensor]:
+    """Features of two classes that a line parts."""
+    labels = torch.arange(count) % 2
+    return torch.eye(2)[labels] + 0.1 * torch.randn(count, 2), labels
+
+
+def test_the_probes_figures_are_means_over_labelled_images() -> None:
+    torch.manual_seed(0)
+    net = nn.Identity()
+    look = watch.Watch(net, every=4, probe=watch.OnlineProbe(2, classes=2, learning_rate=0.0))
+    for step, labels in enumerate(([0] * 4, [-1] * 16, [1] * 8, [-1] * 8 + [0] * 4), 1):
+        found = look(step, {"global": net(torch.randn(len(labels), 2))}, torch.tensor(labels))
+    assert found["probe/top1"] == pytest.approx(50), "of a probe that knows nothing, and answers 0"
+    assert found["probe/loss"] == pytest.approx(math.log(2))
+    for step in range(5, 9):
+        found = look(step, {"global": net(torch.randn(4, 2))}, torch.full((4,), -1))
+    assert found.keys() == {"rank/student_global"}, "of no image there is no figure"
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 1e30])
+def test_the_probe_leaves_features_that_are_not_finite_out(bad: float) -> None:
+    torch.manual_seed(0)
+    probe, clean = (watch.OnlineProbe(2, classes=2) for _ in range(2))
+    for _ in range(10):
+        features, labels = separable(16)
+        broken = torch.cat([features, torch.tensor([[bad, 0.0], [1.0, bad]])])
+        found = probe.learn(broken, torch.cat([labels, labels[:2]]))
+        torch.testing.assert_close(found, clean.learn(features, labels))
+    assert probe.learn(torch.full((4, 2), bad), labels[:4]).isnan().all(), "nothing counts"
+    assert probe.learn(features, labels)[1] > 90
+    state = [probe.weight, probe.norm.running_mean, probe.norm.running_var]
+    state += [state["momentum_buffer"] for state in probe.optimizer.state.values()]
+    assert all(x is not None and x.isfinite().all() for x in state)
+
+
+def test_the_probe_leaves_a_single_image_out() -> None:
+    probe = watch.OnlineProbe(2, classes=2)
+    features, labels = separable(2)
+    assert probe.learn(features[:1], labels[:1]).isnan().all()
+    assert probe.learn(torch.cat([features[:1], features[1:] / 0]), labels).isnan().all(), "one that is finite"
+    assert not probe.bias.any()
+    assert probe.learn(features, labels).isfinite().all()
+
+
+def test_the_probe_learns_from_the_features_of_its_labels() -> None:
+    images, labels = labelled(8).tensors
+    net = Backbone()
+    probe, expected = (watch.OnlineProbe(WIDTH, classes=2) for _ in range(2))
+    look = watch.Watch(net, probe=probe)
+    net(torch.randn(8, 3, 8, 8))  # of a step that was skipped
+    features = net(images)
+    net(images[:4])  # of another number of images
+    with torch.no_grad():
+        net(torch.randn(8, 3, 8, 8))
+    look(1, {"global": features}, labels)
+    expected.learn(features, labels)
+    assert torch.equal(probe.weight, expected.weight)
+    net(images)
+    with pytest.raises(ValueError, match=r"there are 6 labels, and features of \[8\] images"):
+        look(2, {"global": features}, labels[:6])
+
+
+def test_the_probe_learns_from_the_strong_view_of_multi_crop() -> None:
+    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8))
+    probe, expected = (watch.OnlineProbe(WIDTH, classes=2) for _ in range(2))
+    look = watch.Watch(model, probe=probe)
+    seen: list[Tensor] = []
+    look.backbone.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(*torch.randn(2, 8, 3, 8, 8))  # of a step that was skipped
+    output = model(*torch.randn(4, 8, 3, 8, 8))
+    _, strong, *local_views = seen
+    assert len(local_views) == 2
+    labels = torch.arange(8) % 2
+    look(1, output, labels)
+    expected.learn(strong, labels)
+    assert torch.equal(probe.weight, expected.weight)
+
+
+def test_entropies_are_of_the_centred_relations_of_the_loss() -> None:
+    torch.manual_seed(0)
+    model = cgh.CGH(
+        Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8), centring_momentum=0.5
+    )
+    for _ in range(4):
+        model.update(model(*torch.randn(2, 16, 3, 8, 8)))
+    output = model(*torch.randn(2, 16, 3, 8, 8))
+    found = watch.Watch(model, every=1)(1, output)
+    loss = model.relation_loss
+    assert loss.centring is not None
+    assert isinstance(loss.teacher_temperature, dict)
+    for name, t in output.teacher.items():
+        similarities = t @ model.memory[name].T - loss.centring[name]
+        relation = torch.softmax(similarities / loss.teacher_temperature[name], dim=1)
+        entropy = cgh.diagnostics.relation_entropy(relation).item()
+        assert found[f"entropy/teacher_{name}"] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_contexts_without_a_temperature_have_no_entropy() -> None:
+    model = cgh.CGH(
+        Backbone(),
+        ["layer"],
+        dim=8,
+        hidden_dim=16,
+        memory_size=32,
+        image_shape=(3, 8, 8),
+        pairs=[("global", "hypercolumn")],
+        student_temperature={"global": 0.1},
+        teacher_temperature={"hypercolumn": 0.08},
+    )
+    found = watch.Watch(model, every=1)(1, model(*torch.randn(2, 16, 3, 8, 8)))
+    entropies = {name for name in found if name.startswith("entropy")}
+    assert entropies == {"entropy/student_global", "entropy/teacher_hypercolumn"}
+
+
 def test_bad_input() -> None:
     probe = watch.OnlineProbe(WIDTH, classes=2)
     with pytest.raises(ValueError, match=r"features are \(4, 5\) .* build OnlineProbe\(width=5"):
@@ -199,9 +314,19 @@ def test_csv_is_appended_to(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert [(row["step"], row["figure"], row["value"]) for row in rows[:2]] == [
         ("1", "loss", "0.5"),
-        ("1", "knn/top1", "33.3333"),
+        ("1", "knn/top1", repr(100 / 3)),
     ]
     assert len(rows) == 4
+
+
+def test_csv_reads_back_equal(tmp_path: Path) -> None:
+    figures = {"images": 12345678, "rate": 0.1 + 0.2, "loss": 12345678.9, "tensor": torch.tensor(0.1), "nan": torch.nan}
+    watch.CSV(tmp_path / "log.csv").log(1, figures)  # type: ignore[arg-type]
+    values = {row["figure"]: row["value"] for row in csv.DictReader((tmp_path / "log.csv").open())}
+    assert values["images"] == "12345678"
+    assert values["nan"] == "nan"
+    for name in ("rate", "loss", "tensor"):
+        assert float(values[name]) == figures[name]
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def finetune_recipe(
             protocol has none.
 
     Raises:
-        ValueError: a layer decay outside (0, 1], or a backbone without blocks for it.
+        ValueError: a layer decay outside (0, 1], or a backbone without blocks for it; a backbone of which nothing
+            learns.
 
     Example:
         >>> import cgh
@@ -46,6 +47,11 @@ def finetune_recipe(
         >>> schedule.get_last_lr()
         [0.005, 0.02]
     """
+    if not any(x.requires_grad for x in model.backbone.parameters()):
+        raise ValueError(
+            "no parameter of the backbone takes a gradient, as in a teacher, so nothing of it would be fine-tuned: "
+            "call model.backbone.requires_grad_(), or evaluate it by cgh.evaluate.LinearProbe."
+        )
     trunk = parameter_groups(model.backbone, trunk_learning_rate, layer_decay=layer_decay)
     head = {"params": list(model.classifier.parameters()), "lr": head_learning_rate}
     optimizer = torch.optim.SGD([*trunk, head], momentum=0.9)

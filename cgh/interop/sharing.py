@@ -10,23 +10,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cgh.encoder import ContextEncoder
 from cgh.extras import require
-from cgh.hypercolumn import HypercolumnExtractor, remove_classifier
+from cgh.hypercolumn import HypercolumnExtractor, pooled_output, remove_classifier
 from cgh.interop.architectures import TIMM, create
 from cgh.interop.backbone import backbone_state, find_backbone, read
 from cgh.interop.matching import check_match, check_tensors, described_by
 from cgh.interop.trained import find_arch, has_small_stem
 from cgh.layouts import declared_prefix_tokens
 from cgh.method import CGH
+from cgh.modes import evaluating
 from cgh.wrappers import unwrap
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,8 +72,9 @@ def save_pretrained(
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the architecture is not known or is another one (keys and shapes are listed), `heads` of a model
-            that has none, or a size, mean or deviation that images cannot have.
+        ValueError: the architecture is not known or is another one (keys and shapes are listed; or, where only strides,
+            pooling, activations or the like differ, what the two make of an image), `heads` of a model that has none,
+            or a size, mean or deviation that images cannot have.
 
     Example:
         >>> import tempfile, torch, cgh
@@ -82,8 +86,10 @@ def save_pretrained(
     """
     backbone, folder = find_backbone(model), Path(folder)
     mean, std = ([float(x) for x in values] for values in (mean, std))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean is {mean} and std {std}; each is of three channels, and std above 0.")
+    if len(mean) != 3 or len(std) != 3 or not all(0 <= x <= 1 for x in mean) or not all(0 < x <= 1 for x in std):
+        raise ValueError(
+            f"mean is {mean} and std {std}; each is of three channels in 0 to 1, so both lie there, and std above 0."
+        )
     image_size = _built_for(backbone) if image_size is None else image_size
     about: dict[str, Any] = {"image_size": image_size}
     encoder = _encoder(model)
@@ -98,6 +104,7 @@ def save_pretrained(
         small_images = has_small_stem(backbone.state_dict())
         whole = create(arch, small_images, image_size)
         tensors = backbone_state(backbone, like=whole)
+        _check_rebuilt(backbone, whole, tensors, image_size, arch)
         library = "timm" if arch.startswith(TIMM) else "torchvision"
         about |= {"library": library, "arch": arch, "small_images": small_images}
         if library == "timm" or (type(whole).__name__ == "ResNet" and not small_images):
@@ -125,6 +132,8 @@ def save_pretrained(
         _write(folder / HEADS, lambda path: save_file(state, path, metadata))
     written["cgh"] = about | {"mean": list(mean), "std": list(std)}
     _write_text(folder / CONFIG, json.dumps(written, indent=2) + "\n")
+    if not heads:
+        (folder / HEADS).unlink(missing_ok=True)  # of an earlier model in this folder
     _write_text(folder / CARD, model_card(written, config, figures))
 
 
@@ -338,6 +347,28 @@ def _describe_heads(encoder: ContextEncoder) -> dict[str, Any]:
         "dims": encoder.dims,
         "hidden_dim": encoder.heads.get_submodule("global.0").get_parameter("weight").shape[0],
     }
+
+
+def _check_rebuilt(backbone: nn.Module, whole: nn.Module, tensors: Mapping[str, Tensor], size: int, arch: str) -> None:
+    """Raise ValueError unless the architecture with these tensors computes what the backbone does, up to rounding.
+
+    Two networks whose tensors have the same names and shapes may differ in strides, pooling or activations.
+    """
+    rebuilt = copy.deepcopy(whole)
+    rebuilt.load_state_dict(dict(tensors))
+    remove_classifier(rebuilt)
+    like = next(backbone.parameters())
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.inference_mode(), evaluating(backbone), evaluating(rebuilt.to(like)):
+        expected, found = (pooled_output(x(image), 1, x).float() for x in (backbone, rebuilt))
+    difference = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    if difference > (1e-2 if like.dtype.itemsize >= 4 else 0.1):
+        raise ValueError(
+            f"a {arch} with the backbone's tensors gives other features than the backbone, off by "
+            f"{100 * difference:.0f} %: it was made with options that its tensors do not show, such as strides, "
+            "dilation, pooling or activations, and a folder would be another network. Write its tensors by "
+            "cgh.interop.save_backbone."
+        )
 
 
 def _say_arch(backbone: nn.Module) -> str:

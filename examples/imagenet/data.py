@@ -18,7 +18,7 @@ import tarfile
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -40,6 +40,10 @@ from cgh.labels import integer_labels
 Split = Literal["train", "unlabelled", "val"]
 
 FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/)"
+UNLABELLED = ("unlabelled", "unlabeled")
+NO_CLASSES = ("val", "validation", "test", *UNLABELLED)  # names of folders that lie beside train/
+COMPRESSED = tuple(f".tar.{suffix}" for suffix in ("gz", "bz2", "xz", "zst", "lz4", "lzma", "lz", "z"))
+COMPRESSED += (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 TORCHVISION = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": (datasets.CIFAR100, "cifar-100-python"),
@@ -73,7 +77,8 @@ def images(config: DataConfig, split: Split, transform: Callable[[Tensor], Any] 
 
     Raises:
         FileNotFoundError: the folder has another layout, or the list of a subset names what is not there.
-        ValueError: training and validation have different classes, or no image is left.
+        ValueError: training and validation have different classes or cannot be told apart, files would be left out, or
+            no image is left.
     """
     if not config.root.is_dir():
         raise FileNotFoundError(f"root is {config.root}, which is no folder.")
@@ -247,9 +252,11 @@ class Images(Dataset[tuple[Any, int]]):
 
     def load(self, index: int) -> tuple[Tensor, int, list[int]]:
         """Return an image, its label, and the indices of the bad images in whose place it stands."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no image {index} among {len(self)}")
         bad: list[int] = []
         while True:
-            at = (index + len(bad)) % len(self)
+            at = (index + len(bad)) % len(self)  # the first takes the place of a last one that is bad
             try:
                 return self.source.load(int(self.kept[at])), int(self.labels[at]), bad
             except BadImageError as error:
@@ -294,7 +301,8 @@ class Shards:
 
     def __init__(self, paths: Sequence[Path], index: Path, suffix: str | None = None) -> None:
         self.paths = paths
-        state = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+        stats = [(path.name, path.stat()) for path in paths]
+        state = np.array([os.fsencode(f"{stat.st_size} {stat.st_mtime_ns} {name}") for name, stat in stats])
         rows = self._kept(index)
         if not (np.array_equal(rows.get("state", 0), state) and np.array_equal(rows.get("suffix", 0), suffix or "")):
             with ThreadPoolExecutor() as pool:
@@ -490,15 +498,22 @@ def _folders(root: Path, split: Split, expected: str = FOLDERS) -> Found:
     train = _first(root, "train") or root
     folder = _first(root, "val", "test") if split == "val" else train
     classes = list_folders(folder) if folder else []
-    files = {name: [] for name in classes}
-    loose: list[str] = []
-    for path in list_images(folder) if folder else []:
-        name, slash, _ = path.partition("/")
-        (files[name] if slash else loose).append(path)
-    if not (classes or (folder and split == "unlabelled")) or any(
-        (train / name / "train").is_dir() for name in classes
+    if (
+        folder is None
+        or not (classes or split == "unlabelled")
+        or any((train / name / "train").is_dir() for name in classes)
     ):
         _fail(root, split, expected)
+    if folder == root and (others := [name for name in classes if name.lower() in NO_CLASSES]):
+        raise ValueError(
+            f"{root} has {_listed(others)} but no train/, so that {others[0]} would be a class to train on: "
+            f"move the classes into {root / 'train'}."
+        )
+    files: dict[str, list[str]] = {name: [] for name in classes}
+    loose: list[str] = []
+    for path in list_images(folder):
+        name, slash, _ = path.partition("/")
+        (files[name] if slash else loose).append(path)
     if split == "val" and train != root and classes != list_folders(train):
         differ = sorted({*classes} ^ {*list_folders(train)})
         raise ValueError(
@@ -517,9 +532,12 @@ def _folders(root: Path, split: Split, expected: str = FOLDERS) -> Found:
     below = "" if folder == root else f"{folder.name}/"
     names = [below + path for path in [*chain(*files.values()), *loose]]
     labels = [*chain(*([label] * len(files[name]) for label, name in enumerate(classes))), *[-1] * len(loose)]
-    if split == "unlabelled" and (more := _first(root, "unlabelled", "unlabeled")):
-        unlabelled = list_images(more)
-        names, labels = names + [f"{more.name}/{path}" for path in unlabelled], labels + [-1] * len(unlabelled)
+    more = [name for name in list_folders(root) if name.lower() in UNLABELLED] if split == "unlabelled" else []
+    if len(more) > 1:
+        raise ValueError(f"{root} has {_listed(more)}, of which one can be read: move their images into one.")
+    for name in more:
+        unlabelled = list_images(root / name)
+        names, labels = names + [f"{name}/{path}" for path in unlabelled], labels + [-1] * len(unlabelled)
     return Found(Files(root, names), torch.tensor(labels, dtype=torch.long), classes)
 
 
@@ -561,13 +579,55 @@ def _torchvision(root: Path, split: Split, dataset: type[Any], unpacked: str) ->
 
 def _shards(root: Path, split: Split, suffix: str | None) -> Found:
     name = "val" if split == "val" else "train"
-    found = sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
-    paths = [path for path in found if not is_hidden(path.name)]
+    paths = _shard_paths(root, name)
     if not paths:
         _fail(root, split, f"{name}/*.tar or *{name}*.tar")
     shards = Shards(paths, root / f"{name}-index.npz", suffix)
     count = int(shards.labels.max()) + 1 if len(shards.labels) else 0
     return Found(shards, shards.labels, [str(label) for label in range(count)])
+
+
+def _shard_paths(root: Path, name: str) -> list[Path]:
+    """The tar files of train or val, sorted; what may be meant as one of them but cannot be read as such is refused."""
+    folder = _first(root, name)
+    inside = _archives(_below(folder)) if folder else []
+    beside = [path for path in _archives(root.iterdir()) if name in path.name.lower()]
+    names = [path.name for path in beside]
+    if both := [each for each in names if "train" in each.lower() and "val" in each.lower()]:
+        raise ValueError(
+            f"{root} has {len(both)} shards that are named after both train and val: {_listed(both)}. Move them into "
+            "train/ or val/, or rename them."
+        )
+    if folder and inside and beside:
+        raise ValueError(
+            f"{root} has {len(inside)} shards in {folder.name}/ and {len(beside)} beside it: {_listed(names)}. Move "
+            f"these into {folder.name}/, or out of {root}."
+        )
+    paths = inside or beside
+    if compressed := [str(path) for path in paths if path.suffix.lower() != ".tar"]:
+        raise ValueError(
+            f"{len(compressed)} of {len(paths)} shards are compressed, such as {compressed[0]}: decompress them "
+            "to plain .tar files, in which any image is one read away."
+        )
+    if deeper := [str(path) for path in inside if path.parent != folder]:
+        raise ValueError(
+            f"{len(deeper)} of {len(paths)} shards lie in folders inside {folder}, such as {deeper[0]}: move them into "
+            f"{folder} itself."
+        )
+    return paths
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and in those inside it."""
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (Path(here, name) for name in (*folders, *files))
+
+
+def _archives(paths: Iterable[Path]) -> list[Path]:
+    """The tar files among these, those that are compressed with them, sorted."""
+    suffixes = (".tar", *COMPRESSED)
+    return sorted(path for path in paths if path.name.lower().endswith(suffixes) and not is_hidden(path.name))
 
 
 def _subset(

@@ -191,3 +191,9 @@ def test_bytes_go_to_a_model_that_takes_them_alone() -> None:
     assert extract_features(TakingBytes(), items).features.tolist() == [[1.0] * 3] * 2
     with pytest.raises(TypeError, match=r"images are torch\.uint8, and the model takes none; make them floating"):
         extract_features(nn.Conv2d(3, 4, 8), items)
+
+
+def test_a_loader_that_drops_images() -> None:
+    images = TensorDataset(torch.randn(10, 3, 8, 8), torch.zeros(10, dtype=torch.long))
+    with pytest.raises(ValueError, match="drop_last=True"):
+        extract_features(nn.Flatten(), DataLoader(images, 4, drop_last=True))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cgh
 from cgh.evaluate import Classifier, LinearProbe, accuracy, finetune_recipe, linear_recipe
 from tests.conftest import small_backbone
 
@@ -137,3 +138,9 @@ def test_accuracy_takes_integers_and_refuses_nan() -> None:
 def test_logits_are_a_tensor_of_numbers(logits: Any) -> None:
     with pytest.raises(TypeError, match="logits are .*; make them"):
         accuracy(logits, torch.arange(len(logits)), k=[1])
+
+
+def test_a_frozen_backbone_is_not_fine_tuned() -> None:
+    teacher = cgh.EMATeacher(cgh.interop.build_backbone("resnet18"))
+    with pytest.raises(ValueError, match="no parameter of the backbone takes a gradient"):
+        finetune_recipe(Classifier(teacher.encoder, 512, 4), steps_per_epoch=5)

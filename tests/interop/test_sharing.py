@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import cgh
@@ -113,7 +115,7 @@ def test_a_folder_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no ResNet of torchvision; name it: arch='mobilenet_v2'"):
         save_pretrained(nn.Linear(2, 2), tmp_path)
     for mean, std in (([0.5], [0.5]), ([0.5] * 3, [0.0] * 3)):
-        with pytest.raises(ValueError, match="each is of three channels, and std above 0"):
+        with pytest.raises(ValueError, match="each is of three channels in 0 to 1"):
             save_pretrained(trained("resnet18"), tmp_path, mean=mean, std=std)
 
 
@@ -164,3 +166,36 @@ def test_the_card_says_what_was_trained_and_found(tmp_path: Path) -> None:
         assert row in card.splitlines()
     assert "/home/me" not in card
     assert "/x" not in card
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]),
+        timm.create_model("resnet18", num_classes=0, act_layer=nn.SiLU),
+        timm.create_model("resnet18", num_classes=0, global_pool="max"),
+    ],
+    ids=["dilation", "activation", "pooling"],
+)
+def test_a_network_whose_tensors_do_not_show_its_options(backbone: nn.Module, tmp_path: Path) -> None:
+    if isinstance(backbone, torchvision.models.ResNet):
+        cgh.hypercolumn.remove_classifier(backbone)
+    with pytest.raises(ValueError, match="gives other features than the backbone, off by"):
+        cgh.interop.save_pretrained(backbone, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_an_earlier_model_go(tmp_path: Path) -> None:
+    features = cgh.HypercolumnExtractor(cgh.interop.build_backbone("resnet18"), ["layer4"])
+    student = cgh.ContextEncoder(features, dim=4, hidden_dim=8)
+    cgh.interop.save_pretrained(student, tmp_path, heads=True)
+    cgh.interop.save_pretrained(student, tmp_path)
+    assert not (tmp_path / "heads.safetensors").exists()
+
+
+@pytest.mark.parametrize(("mean", "std"), [((124, 116, 104), (1, 1, 1)), ((0, 0, 0), (float("nan"), 1, 1))])
+def test_a_mean_or_deviation_that_images_cannot_have(
+    mean: Sequence[float], std: Sequence[float], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="each is of three channels in 0 to 1"):
+        cgh.interop.save_pretrained(cgh.interop.build_backbone("resnet18"), tmp_path, mean=mean, std=std)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_a_plain_folder_of_classes_or_of_images_is_enough_to_train_on(tmp_path: 
     assert load(tmp_path / "a", "unlabelled").labels.tolist() == [-1] * 4
 
 
+@pytest.mark.parametrize("index", [12, -13])
+def test_images_end(tmp_path: Path, index: int) -> None:
+    data = load(make_folder(tmp_path))
+    assert len(list(islice(iter(data), 50))) == 12
+    assert torch.equal(data[-1][0], data[11][0])
+    with pytest.raises(IndexError, match=f"there is no image {index} among 12"):
+        data[index]
+
+
 def test_stl10_folders_have_an_unlabelled_part(tmp_path: Path) -> None:
     make_folder(tmp_path, splits=("train", "test"))
     make_folder(tmp_path, splits=("unlabeled",), classes="x")
@@ -180,6 +190,45 @@ def test_the_index_of_shards_is_kept_and_follows_them(tmp_path: Path, monkeypatc
     assert all(torch.equal(again[i][0], before[i][0]) for i in range(12))
     (tmp_path / "train" / "000.tar").unlink()
     assert len(load(tmp_path, "train", "webdataset")) == 8
+
+
+def test_the_index_of_shards_knows_their_names(tmp_path: Path) -> None:
+    shards = [make_shard(tmp_path / "train" / f"{i}.tar", {"a.png": encoded(i), "a.cls": b"%d" % i}) for i in range(2)]
+    for shard in shards:
+        os.utime(shard, (1, 1))
+    assert shards[0].stat().st_size == shards[1].stat().st_size
+    assert load(tmp_path, "train", "webdataset").labels.tolist() == [0, 1]
+    shards[0].rename(tmp_path / "train" / "2.tar")
+    data = load(tmp_path, "train", "webdataset")
+    assert data.labels.tolist() == [1, 0]
+    assert torch.equal(data[0][0], pixels(picture(1)))
+
+
+def test_shards_are_told_in_any_case(tmp_path: Path) -> None:
+    for name in ("Train/0.tar", "Train/1.TAR", "Val-0.tar", "VAL-1.Tar"):
+        make_shard(tmp_path / name, {"a.png": None, "a.cls": b"1"})
+    assert len(load(tmp_path, "train", "webdataset")) == len(load(tmp_path, "val", "webdataset")) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/0.tar", "train/1.tar.gz"], r"1 of 2 shards are compressed, such as .*train/1.tar.gz: decompress them"),
+        (["train-0.tar", "train-1.TGZ"], r"1 of 2 shards are compressed, such as .*train-1.TGZ"),
+        (["train/0.tar.zst", "train/1.tbz2"], r"2 of 2 shards are compressed, such as .*train/0.tar.zst"),
+        (
+            ["train/0.tar", "train/sub/1.tar"],
+            r"1 of 2 shards lie in folders inside .*, such as .*/sub/1.tar: move",
+        ),
+        (["train-0.tar", "val-not-train.tar"], r"1 shards that are named after both train and val: val-not-train.tar"),
+        (["train/0.tar", "more-train-1.tar"], r"1 shards in train/ and 1 beside it: more-train-1.tar. Move these into"),
+    ],
+)
+def test_shards_that_would_be_left_out_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        make_shard(tmp_path / name, {"a.png": None, "a.cls": b"1"})
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, "train", "webdataset")
 
 
 def test_what_is_no_shard_is_named(tmp_path: Path) -> None:
@@ -287,7 +336,9 @@ def test_links_in_shards(tmp_path: Path) -> None:
 
 def test_what_tools_keep_beside_shards_is_none(tmp_path: Path) -> None:
     make_shard(tmp_path / "train" / "0.tar", {"a.png": None, "a.cls": b"1"})
-    (tmp_path / "train" / "._0.tar").write_bytes(b"attributes")
+    for name in ("._0.tar", ".cache/0.tar", "0.tar.idx", "__MACOSX/._0.tar.gz"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"attributes")
     assert load(tmp_path, "train", "webdataset").labels.tolist() == [1]
 
 
@@ -508,6 +559,21 @@ def test_a_folder_of_data_sets_is_no_data_set(tmp_path: Path) -> None:
     make_folder(tmp_path / "imagenet")
     with pytest.raises(FileNotFoundError, match="found imagenet/"):
         load(tmp_path, "unlabelled")
+
+
+@pytest.mark.parametrize("split", ["train", "unlabelled"])
+@pytest.mark.parametrize("name", ["val", "Test", "validation", "unlabelled"])
+def test_a_folder_of_other_images_is_no_class(tmp_path: Path, name: str, split: str) -> None:
+    make_files(tmp_path, "cat/1.png", "dog/2.png", f"{name}/cat/3.png", f"{name}/dog/4.png")
+    with pytest.raises(ValueError, match=rf"has {name} but no train/, .*: move the classes into .*train"):
+        load(tmp_path, split)
+
+
+def test_one_folder_alone_is_unlabelled(tmp_path: Path) -> None:
+    make_files(tmp_path, "train/a/1.png", "Unlabelled/2.png", "unlabeled/3.png")
+    with pytest.raises(ValueError, match="has Unlabelled, unlabeled, of which one can be read: move"):
+        load(tmp_path, "unlabelled")
+    assert len(load(tmp_path, "train")) == 1
 
 
 def test_no_folder(tmp_path: Path) -> None:
