@@ -29,7 +29,7 @@ import cgh
 from cgh import plot
 from cgh.losses import STUDENT_TEMPERATURE, TEACHER_TEMPERATURE
 from cgh.relation import cross_context_term, cross_entropy, infonce_term, similarity
-from cgh.streaming import BUFFER, MIN_CHUNK, backend
+from cgh.streaming import backend, chunk_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONTEXTS = ("global", "hypercolumn")
@@ -234,7 +234,7 @@ def products(name: str, rows: Inputs) -> Callable[[], object]:
     """Return what computes the products of our loss and nothing else, chunk by chunk of the banks as the loss does."""
     z, t, memory = rows
     queries = {bank: torch.cat([z[bank], t[bank]]) if name == "cross-context" else z[bank] for bank in memory}
-    chunk = max(1, BUFFER["cpu"] // sum(map(len, queries.values())) // MIN_CHUNK) * MIN_CHUNK
+    chunk = chunk_rows(sum(map(len, queries.values())), DEVICE.type)
     buffer = torch.empty(max(map(len, queries.values())) * chunk)
 
     def multiply() -> None:

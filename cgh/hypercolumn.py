@@ -463,7 +463,7 @@ def same_output(module: nn.Module, model: nn.Module) -> list[nn.Module]:
     """
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         last = module[-1]
-        if sum(x is last for _, x in model.named_modules(remove_duplicate=False)) == 1:
+        if sum(x is last for part in model.modules() for x in part._modules.values()) == 1:
             return [module, *same_output(last, model)]
     return [module]
 

@@ -54,9 +54,9 @@ class CrossContextLoss(nn.Module):
 
     Raises:
         TypeError: contexts that are no mapping, or embeddings or banks that are not floating point.
-        ValueError: a temperature of zero or below or missing for a context; student, teacher and memory with other
-            names, widths or batch sizes than one another, or on other devices; an empty batch; values that are not
-            finite.
+        ValueError: a pair named twice; a temperature of zero or below or missing for a context; student, teacher and
+            memory with other names, widths or batch sizes than one another, or on other devices; an empty batch; values
+            that are not finite.
         RuntimeError: on differentiating twice; `cgh.relation.cross_context_term` can be.
 
     Example:

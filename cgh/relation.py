@@ -21,7 +21,7 @@ class RelationMatrix(nn.Module):
         temperature: above zero; the lower, the more a row concentrates on its nearest neighbours.
 
     Shape:
-        `(z (N, D), bank (K, D))` -> `(N, K)`, rows that sum to one.
+        `(z (N, D), bank (K, D))` -> `(N, K)`, rows that sum to one. A `centre` `(K,)` is taken off `z . M`.
 
     Raises:
         ValueError: a temperature of zero or below, or shapes that do not fit together.
@@ -39,13 +39,13 @@ class RelationMatrix(nn.Module):
         self.temperature = check_temperature(temperature)
 
     @override
-    def forward(self, z: Tensor, bank: Tensor) -> Tensor:
+    def forward(self, z: Tensor, bank: Tensor, centre: Tensor | float = 0.0) -> Tensor:
         """Return the relations `(N, K)` of embeddings `z` to the rows of a bank."""
-        return self.logits(z, bank).softmax(dim=1)
+        return self.logits(z, bank, centre).softmax(dim=1)
 
-    def logits(self, z: Tensor, bank: Tensor) -> Tensor:
-        """Return `z . M / temperature`, `(N, K)`."""
-        return similarity(z, bank) / self.temperature
+    def logits(self, z: Tensor, bank: Tensor, centre: Tensor | float = 0.0) -> Tensor:
+        """Return `(z . M - centre) / temperature`, `(N, K)`."""
+        return (similarity(z, bank) - centre) / self.temperature
 
     @override
     def extra_repr(self) -> str:
@@ -96,7 +96,7 @@ def cross_context_term(
         >>> cross_context_term(z, t, torch.randn(100, 8), torch.randn(100, 6), 0.1, 0.08).shape
         torch.Size([])
     """
-    target = torch.softmax((similarity(t.detach(), guide_bank) - centre) / teacher_temperature, dim=1)
+    target = RelationMatrix(teacher_temperature)(t.detach(), guide_bank, centre)
     return cross_entropy(similarity(z, learner_bank) / student_temperature, target)
 
 

@@ -236,7 +236,7 @@ def _chunked(
         if numbers
     ]
     size, device, dtype = len(banks[0]), queries[0].device.type, queries[0].dtype
-    chunk = min(size, max(1, BUFFER.get(device, BUFFER["cpu"]) // ends[-1] // MIN_CHUNK) * MIN_CHUNK)
+    chunk = min(size, chunk_rows(ends[-1], device))
     buffer = queries[0].new_empty(ends[-1] * chunk)
     maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
     total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
@@ -280,6 +280,17 @@ def _chunked(
     return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
         sums[place].clone(memory_format=torch.contiguous_format) for place in places
     ]
+
+
+def chunk_rows(rows: int, device: str) -> int:
+    """Return how many rows of a bank are read at a time by so many `rows` of all queries, on a type of device.
+
+    Example:
+        >>> from cgh.streaming import chunk_rows
+        >>> chunk_rows(1024, "cpu")
+        2048
+    """
+    return max(1, BUFFER.get(device, BUFFER["cpu"]) // rows // MIN_CHUNK) * MIN_CHUNK
 
 
 def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor) -> None:

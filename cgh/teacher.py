@@ -61,8 +61,9 @@ class EMATeacher(Counted):
         _turn_dropout_off(self.encoder)
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
         self.averages = _Averages()
-        self.averages.follow(_Parameters(self.encoder).named())
-        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]  # torch's own
+        _follow(self)
+        # torch leaves this function and __setstate__ below without types.
+        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]
         self._known: tuple[_Parameters, _Parameters] | None = None  # the teacher's and the student's
 
     @property
@@ -120,10 +121,10 @@ class EMATeacher(Counted):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.averages.follow(_Parameters(self.encoder).named())
+        _follow(self)
         nn.Module._apply(self, fn, recurse)
         self.averages.accept()
-        self.averages.follow(_Parameters(self.encoder).named())
+        _follow(self)
         return self
 
     @override
@@ -132,7 +133,7 @@ class EMATeacher(Counted):
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's own
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
         _follow(self)
 
 
@@ -189,7 +190,7 @@ class _Averages(LocalTensors):
 
 
 def _follow(teacher: EMATeacher, _: object = None) -> None:
-    """Note which parameters the averages are of, as soon as both are loaded or copied."""
+    """Have the averages follow the parameters as they are now, such as right after both were loaded or copied."""
     teacher.averages.follow(_Parameters(teacher.encoder).named())
 
 

@@ -24,7 +24,7 @@ from cgh.extras import require
 from cgh.interop.backbone import find_backbone
 from cgh.labels import integer_labels
 from cgh.method import CGH, CGHOutput
-from cgh.relation import similarity
+from cgh.relation import RelationMatrix
 from cgh.wrappers import unwrap
 
 COLLAPSED = 0.25  # of the highest effective rank so far
@@ -426,7 +426,6 @@ def _relations(model: CGH, who: str, context: str, z: Tensor) -> Tensor | None:
         if context not in temperature:
             return None
         temperature = temperature[context]
-    similarities = similarity(z, model.memory[context])
-    if who == "teacher" and loss.centring is not None:
-        similarities = similarities - loss.centring[context]
-    return (similarities / temperature).softmax(dim=1)
+    centre = loss.centring[context] if who == "teacher" and loss.centring is not None else 0.0
+    relations: Tensor = RelationMatrix(temperature)(z, model.memory[context], centre)
+    return relations

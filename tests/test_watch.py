@@ -34,6 +34,10 @@ class Backbone(nn.Module):
         return self.dropout(self.layer(images).mean((2, 3)))
 
 
+def small_model(**options: Any) -> cgh.CGH:
+    return cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8), **options)
+
+
 def labelled(count: int = 24) -> TensorDataset:
     """Images of two classes that differ in colour."""
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +48,7 @@ def labelled(count: int = 24) -> TensorDataset:
 def train(watched: bool, loggers: list[watch.Logger], steps: int = 6) -> tuple[cgh.CGH, Tensor, list[dict[str, float]]]:
     """Return the model, what the generator would give next, and what was found."""
     torch.manual_seed(0)
-    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, warmup_steps=2, image_shape=(3, 8, 8))
+    model = small_model(warmup_steps=2)
     optimizer = torch.optim.SGD(model.student.parameters(), lr=0.05)
     data = labelled()
     look = None
@@ -93,15 +97,9 @@ def test_a_watched_run_has_the_bits_of_another() -> None:
 
 def test_figures_are_those_of_the_parts() -> None:
     torch.manual_seed(0)
-    model = cgh.CGH(
-        Backbone(),
-        ["layer"],
-        dim=8,
-        hidden_dim=16,
-        memory_size=32,
+    model = small_model(
         student_temperature=0.3,
         teacher_temperature={"global": 0.2, "hypercolumn": 0.5},
-        image_shape=(3, 8, 8),
     )
     output = model(*torch.randn(2, 16, 3, 8, 8))
     found = watch.Watch(model, every=1)(1, output)
@@ -218,7 +216,7 @@ def test_the_probe_learns_from_the_features_of_its_labels() -> None:
 
 
 def test_the_probe_learns_from_the_strong_view_of_multi_crop() -> None:
-    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8))
+    model = small_model()
     probe, expected = (watch.OnlineProbe(WIDTH, classes=2) for _ in range(2))
     look = watch.Watch(model, probe=probe)
     seen: list[Tensor] = []
@@ -235,9 +233,7 @@ def test_the_probe_learns_from_the_strong_view_of_multi_crop() -> None:
 
 def test_entropies_are_of_the_centred_relations_of_the_loss() -> None:
     torch.manual_seed(0)
-    model = cgh.CGH(
-        Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8), centring_momentum=0.5
-    )
+    model = small_model(centring_momentum=0.5)
     for _ in range(4):
         model.update(model(*torch.randn(2, 16, 3, 8, 8)))
     output = model(*torch.randn(2, 16, 3, 8, 8))
@@ -253,13 +249,7 @@ def test_entropies_are_of_the_centred_relations_of_the_loss() -> None:
 
 
 def test_contexts_without_a_temperature_have_no_entropy() -> None:
-    model = cgh.CGH(
-        Backbone(),
-        ["layer"],
-        dim=8,
-        hidden_dim=16,
-        memory_size=32,
-        image_shape=(3, 8, 8),
+    model = small_model(
         pairs=[("global", "hypercolumn")],
         student_temperature={"global": 0.1},
         teacher_temperature={"hypercolumn": 0.08},
@@ -419,7 +409,7 @@ def test_a_callback_of_lightning(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.model.student.parameters(), lr=0.05)
 
-    model = cgh.CGH(Backbone(), ["layer"], dim=8, hidden_dim=16, memory_size=32, image_shape=(3, 8, 8))
+    model = small_model()
     kept = Kept()
     look = watch.Watch(model, [kept], every=2, probe=watch.OnlineProbe(WIDTH, classes=2))
     callback = watch.lightning_callback(look, lambda module, batch: (module.output, batch[1]))

@@ -66,7 +66,7 @@ def extract_features(
 
     Raises:
         ValueError: an empty data set, outputs that are not `(N, W)`, labels that are not one an image, or a DataLoader
-            on several ranks.
+            on several ranks, or one that drops images.
         TypeError: a model of two views, a stream without DataLoader, items that are not an image and its class, or
             classes that are not integers.
 

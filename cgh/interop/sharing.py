@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,11 +103,13 @@ def save_pretrained(
         small_images = has_small_stem(backbone.state_dict())
         whole = create(arch, small_images, image_size)
         tensors = backbone_state(backbone, like=whole)
-        _check_rebuilt(backbone, whole, tensors, image_size, arch)
         library = "timm" if arch.startswith(TIMM) else "torchvision"
         about |= {"library": library, "arch": arch, "small_images": small_images}
         if library == "timm" or (type(whole).__name__ == "ResNet" and not small_images):
             written = _timm_config(arch.removeprefix(TIMM), library, backbone, whole, image_size, mean, std)
+        whole.load_state_dict(tensors)
+        remove_classifier(whole)
+        _check_same(backbone, whole, image_size, arch)
     if heads and encoder is not None:
         about["heads"] = _describe_heads(encoder)
 
@@ -349,14 +350,11 @@ def _describe_heads(encoder: ContextEncoder) -> dict[str, Any]:
     }
 
 
-def _check_rebuilt(backbone: nn.Module, whole: nn.Module, tensors: Mapping[str, Tensor], size: int, arch: str) -> None:
-    """Raise ValueError unless the architecture with these tensors computes what the backbone does, up to rounding.
+def _check_same(backbone: nn.Module, rebuilt: nn.Module, size: int, arch: str) -> None:
+    """Raise ValueError unless two networks of the same tensors make the same of an image, up to rounding.
 
-    Two networks whose tensors have the same names and shapes may differ in strides, pooling or activations.
+    They may differ in strides, pooling or activations.
     """
-    rebuilt = copy.deepcopy(whole)
-    rebuilt.load_state_dict(dict(tensors))
-    remove_classifier(rebuilt)
     like = next(backbone.parameters())
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
     with torch.inference_mode(), evaluating(backbone), evaluating(rebuilt.to(like)):

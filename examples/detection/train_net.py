@@ -100,7 +100,7 @@ class Config:
 
 # detectron2 has no types, so its classes are of any type as bases.
 @ROI_HEADS_REGISTRY.register()
-class Res5NormROIHeads(Res5ROIHeads):  # type: ignore[misc]
+class Res5NormROIHeads(Res5ROIHeads):  # type: ignore[misc]  # a base without types
     """The C4 head: res5 of a ResNet of any depth on each region's map, then the extra norm."""
 
     @classmethod
@@ -111,7 +111,7 @@ class Res5NormROIHeads(Res5ROIHeads):  # type: ignore[misc]
         return resnet.res5, channels
 
 
-class Trainer(DefaultTrainer):  # type: ignore[misc]
+class Trainer(DefaultTrainer):  # type: ignore[misc]  # a base without types
     """detectron2's trainer, evaluating each data set by the metrics of its layout."""
 
     @classmethod

@@ -18,7 +18,7 @@ import tarfile
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 from einops import rearrange
-from files import BadImageError, decode, is_hidden, is_image, list_folders, list_images, read_image
+from files import BadImageError, decode, is_hidden, is_image, list_files, list_folders, list_images, read_image
 from run import leave_signals_to_the_run
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -590,8 +590,15 @@ def _shards(root: Path, split: Split, suffix: str | None) -> Found:
 def _shard_paths(root: Path, name: str) -> list[Path]:
     """The tar files of train or val, sorted; what may be meant as one of them but cannot be read as such is refused."""
     folder = _first(root, name)
-    inside = _archives(_below(folder)) if folder else []
-    beside = [path for path in _archives(root.iterdir()) if name in path.name.lower()]
+    inside = []
+    if folder:
+        found = {*list_files(folder, _is_archive), *filter(_is_archive, list_folders(folder))}
+        inside = [folder / path for path in sorted(found)]
+    beside = sorted(
+        path
+        for path in root.iterdir()
+        if name in path.name.lower() and _is_archive(path.name) and not is_hidden(path.name)
+    )
     names = [path.name for path in beside]
     if both := [each for each in names if "train" in each.lower() and "val" in each.lower()]:
         raise ValueError(
@@ -617,17 +624,9 @@ def _shard_paths(root: Path, name: str) -> list[Path]:
     return paths
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """What lies in a folder and in those inside it."""
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (Path(here, name) for name in (*folders, *files))
-
-
-def _archives(paths: Iterable[Path]) -> list[Path]:
-    """The tar files among these, those that are compressed with them, sorted."""
-    suffixes = (".tar", *COMPRESSED)
-    return sorted(path for path in paths if path.name.lower().endswith(suffixes) and not is_hidden(path.name))
+def _is_archive(name: str) -> bool:
+    """Whether a file of this name is a tar file, also a compressed one."""
+    return name.lower().endswith((".tar", *COMPRESSED))
 
 
 def _subset(

@@ -57,10 +57,15 @@ def list_images(folder: Path) -> list[str]:
 
     Links are followed. One to an image that is not there is listed too: it is a bad image, as one cut short is.
     """
-    return sorted(_walk(folder, "", ()))
+    return list_files(folder, is_image)
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def list_files(folder: Path, fits: Callable[[str], bool]) -> list[str]:
+    """Return the paths of all files below a folder whose names fit, relative to it and parted by "/", sorted."""
+    return sorted(_walk(folder, fits, "", ()))
+
+
+def _walk(folder: Path, fits: Callable[[str], bool], prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:  # by a link to a folder that this one lies in
@@ -70,8 +75,8 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             if is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
-            elif is_image(entry.name):
+                yield from _walk(folder / entry.name, fits, f"{prefix}{entry.name}/", (*above, here))
+            elif fits(entry.name):
                 yield prefix + entry.name
 
 

@@ -27,7 +27,7 @@ import cgh
 try:
     import fcntl
 except ModuleNotFoundError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 # What autocast computes in, by the names that the command lines use.
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

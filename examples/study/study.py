@@ -339,6 +339,7 @@ class Study:
             torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(seed)
         learner = self._learner(method, settings, steps, seed)
+        # torch's types have a memory format only without a device.
         learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = learner.optimizer(budget.weight_decay)
         peak = settings.learning_rate * budget.batch / 256
