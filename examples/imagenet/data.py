@@ -39,9 +39,10 @@ from cgh.labels import integer_labels
 
 Split = Literal["train", "unlabelled", "val"]
 
-FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE (or test/)"
+FOLDERS = "train/CLASS/IMAGE and val/CLASS/IMAGE (or valid/, test/)"
 UNLABELLED = ("unlabelled", "unlabeled")
-NO_CLASSES = ("val", "validation", "test", *UNLABELLED)  # names of folders that lie beside train/
+EVALUATION = ("val", "valid", "validation", "test")  # names of the folder to evaluate on, the first that is there
+NO_CLASSES = (*EVALUATION, *UNLABELLED)  # names of folders that lie beside train/
 COMPRESSED = tuple(f".tar.{suffix}" for suffix in ("gz", "bz2", "xz", "zst", "lz4", "lzma", "lz", "z"))
 COMPRESSED += (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 TORCHVISION = {
@@ -61,8 +62,8 @@ class DataConfig:
     root: Path
     """Folder of the data set."""
     dataset: Literal["folder", "cifar10", "cifar100", "stl10", "tiny-imagenet", "webdataset"] = "folder"
-    """Its layout. folder: train/CLASS/IMAGE and val/CLASS/IMAGE (or test/), or CLASS/IMAGE alone to train on. cifar10,
-    cifar100, stl10: as torchvision unpacks them, or folders. tiny-imagenet: as it is distributed, or folders.
+    """Its layout. folder: train/CLASS/IMAGE and val/CLASS/IMAGE (or valid/, test/), or CLASS/IMAGE alone to train on.
+    cifar10, cifar100, stl10: as torchvision unpacks them, or folders. tiny-imagenet: as it is distributed, or folders.
     webdataset: train/*.tar and val/*.tar, or *train*.tar and *val*.tar, on a file system that every process sees."""
     shard_images: str | None = None
     """What the names of a shard's images end with, such as .jpg, where other pictures such as masks lie beside them."""
@@ -496,7 +497,7 @@ class Found(NamedTuple):
 
 def _folders(root: Path, split: Split, expected: str = FOLDERS) -> Found:
     train = _first(root, "train") or root
-    folder = _first(root, "val", "test") if split == "val" else train
+    folder = _first(root, *EVALUATION) if split == "val" else train
     classes = list_folders(folder) if folder else []
     if (
         folder is None

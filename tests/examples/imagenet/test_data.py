@@ -87,8 +87,8 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert torch.equal(image, pixels(picture(12)))
 
 
-@pytest.mark.parametrize("val", ["val", "test"])
-def test_validation_may_be_called_test(tmp_path: Path, val: str) -> None:
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_validation_may_be_called_otherwise(tmp_path: Path, val: str) -> None:
     data = load(make_folder(tmp_path, splits=("train", val)), "val")
     assert data.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
@@ -543,7 +543,7 @@ def test_a_list_of_classes_numbers_them_anew(tmp_path: Path, split: str) -> None
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
-        ("folder", "expected train/CLASS/IMAGE and val/CLASS/IMAGE (or test/); found notes.txt"),
+        ("folder", "expected train/CLASS/IMAGE and val/CLASS/IMAGE (or valid/, test/); found notes.txt"),
         ("cifar10", "expected cifar-10-batches-py/ as torchvision.datasets.CIFAR10 unpacks it, or train/CLASS/IMAGE"),
         ("webdataset", "expected val/*.tar or *val*.tar; found notes.txt"),
     ],
