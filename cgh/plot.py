@@ -785,7 +785,7 @@ def _unit(features: Tensor, count: int, model: str) -> Tensor:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
-    if classes is not None and label >= len(classes):
+    if classes is not None and not 0 <= label < len(classes):
         raise ValueError(f"classes has {len(classes)} names and a label is {label}; give every class from 0 its name.")
     return str(label) if classes is None else classes[label]
 

@@ -116,7 +116,7 @@ def _batches(
             raise ValueError(
                 f"on {world_size} ranks a DataLoader does not say which images are whose; pass its data set."
             )
-        if dataset.drop_last:
+        if dataset.drop_last or getattr(dataset.batch_sampler, "drop_last", False):
             raise ValueError("the DataLoader has drop_last=True, and every image is wanted; make one without.")
         return dataset, None
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):

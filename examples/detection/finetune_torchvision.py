@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import detectors
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2 as T
@@ -139,9 +140,19 @@ class Batches(Sampler[list[int]]):
         return int(_order(self.images, self.config.seed, epoch)[place])
 
 
+def _percent(ap: float) -> float:
+    """An average precision; -1 is that of nothing to be found, as of a class that the test set lacks."""
+    return 100 * ap if ap >= 0 else math.nan
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that has nothing to do with those of neighbouring numbers; torch reads 32 bits of one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
 def _order(images: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(images, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(images, generator=torch.Generator().manual_seed(_mix(seed, epoch, 0)))
 
 
 def learning_rate(config: Recipe, step: int) -> float:
@@ -221,10 +232,10 @@ def evaluate(model: FasterRCNN, test: Annotations, device: torch.device, workers
     metric = MeanAveragePrecision(backend="pycocotools", class_metrics=True, sync_on_compute=False)
     metric.update(*map(list, zip(*pairs, strict=True)))
     result = metric.compute()
-    averages = {name: 100 * float(result[key]) for name, key in AVERAGES.items()}
+    averages = {name: _percent(float(result[key])) for name, key in AVERAGES.items()}
     labels, of_class = (result[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
-    of_class = (100 * ap if ap >= 0 else math.nan for ap in of_class)  # of a class that the test set lacks
-    return averages | {f"AP/{test.classes[label - 1]}": ap for label, ap in zip(labels, of_class, strict=True)}
+    names = (f"AP/{test.classes[label - 1]}" for label in labels)
+    return averages | dict(zip(names, map(_percent, of_class), strict=True))
 
 
 @torch.no_grad()
@@ -303,7 +314,7 @@ def finetune(config: Config) -> dict[str, float]:
         worker_init_fn=leave_signals_to_the_run,
     )
     for batch in loader:
-        torch.manual_seed((config.seed << 32) + step * world_size + rank)  # flips, sizes and choices of proposals
+        torch.manual_seed(_mix(config.seed, step * world_size + rank, 1))  # flips, sizes and choices of proposals
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate

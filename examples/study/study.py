@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from factors import FACTORS, factors_table, measure
@@ -50,6 +51,11 @@ BUDGET = ("epochs", "images", "size", "width", "batch", "settings")  # what runs
 LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
 COSTS = ("images/s", "peak memory, MiB", "minutes")
 console = Console()
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that has nothing to do with those of neighbouring numbers; torch reads 32 bits of one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
@@ -438,12 +444,12 @@ class Study:
     ) -> float:
         """Train for an epoch, of which the seed and its number decide all draws; return the mean loss."""
         batch, shape = self.budget.batch, self.train.pixels.shape
-        shuffle = torch.Generator().manual_seed((seed << 40) + (1 << 39) + epoch)  # above the steps' own seeds
+        shuffle = torch.Generator().manual_seed(_mix(seed, epoch, 0))
         order = torch.randperm(shape[0], generator=shuffle)
         total = torch.zeros((), device=self.device)
         for i, index in enumerate(order.split(batch)[: self.steps_per_epoch]):
             step = epoch * self.steps_per_epoch + i
-            draw = (seed << 40) + step
+            draw = _mix(seed, step, 1)
             crops, colours = self.crops.draw((batch, *shape[1:]), draw), self.augment.draw(batch, draw)
             total += train_step(rate(step), learner.weights(step), index, crops, colours)
         return total.item() / self.steps_per_epoch
