@@ -68,7 +68,8 @@ class LearningRate:
             >>> optimizer.param_groups[0]["lr"]
             0.025
         """
-        return LambdaLR(optimizer, replace(self, base=1.0), last_step)
+        # Of an object torch saves the attributes: a run resumed with more steps would get its old schedule back.
+        return LambdaLR(optimizer, replace(self, base=1.0).__call__, last_step)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,7 @@ class EMATeacher(Counted):
         self.momentum = momentum if callable(momentum) else _check_momentum(momentum)
         self.averages = _Averages()
         _follow(self)
-        # torch leaves this function and __setstate__ below without types.
-        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]  # torch's, untyped
         self._known: tuple[_Parameters, _Parameters] | None = None  # the teacher's and the student's
 
     @property

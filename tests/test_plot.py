@@ -324,6 +324,7 @@ def bad(*shape: int, value: float = 0.5) -> Tensor:
         (lambda: plot.principal_colours(bad(5, 4, 2, 2, value=float("nan"))), "not finite"),
         (lambda: detections(truth=(torch.zeros(2, 4), TWENTY[:1])), r"the truth has \[\(2, 4\), \(1,\)\]"),
         (lambda: detections(classes=NAMES[:3]), "classes has 3 names"),
+        (lambda: detections(truth=(torch.zeros(1, 4), torch.tensor([-1])), classes=NAMES), "a label is -1"),
         (lambda: detections(image=torch.zeros(60, 80)), r"shape \(1, 60, 80\)"),
         (lambda: plot.embedding({"model": torch.rand(4, 3)}, [0, 1, 0, 1]), "five images or more"),
     ],

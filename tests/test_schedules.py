@@ -76,3 +76,21 @@ def test_as_a_scheduler_of_torch() -> None:
         optimizer.step()
         if step < 6:
             scheduler.step()
+
+
+def test_a_run_resumed_with_more_steps_follows_the_new_schedule() -> None:
+    def start(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        return optimizer, cgh.LearningRate(0.5, steps).scheduler(optimizer)
+
+    optimizer, scheduler = start(4)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    states = optimizer.state_dict(), scheduler.state_dict()
+    optimizer, scheduler = start(100)
+    optimizer.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [pytest.approx(cgh.LearningRate(0.5, 100)(3))]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import xml.dom.minidom
 from pathlib import Path
@@ -88,6 +90,22 @@ def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     namespace: dict[str, Any] = {}
     exec(re.sub(r"^        ", "", BEFORE.get(name(page), ""), flags=re.MULTILINE), namespace)
     markdown.run(page, namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Accelerate about the machine
+def test_the_complete_loop_of_accelerate_on_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    blocks = [block[1] for block in markdown.BLOCK.finditer((DOCS / "loops.md").read_text(encoding="utf-8"))]
+    [shared] = [block for block in blocks if "def neighbours" in block]
+    [loop] = [block for block in blocks if "Accelerator(" in block]
+    check = "assert scheduler.get_last_lr() == [0.0] and method.steps == steps == 2\nassert len(batches) == 2\n"
+    (tmp_path / "loop.py").write_text(shared + loop + check + 'accelerator.print("done")\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "loop.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "done"
 
 
 def anchors(page: Path) -> set[str]:

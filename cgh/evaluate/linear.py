@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from cgh.labels import check_tensor, integer_labels, integers
@@ -100,7 +100,7 @@ def linear_recipe(
         (100.0,)
     """
     optimizer = torch.optim.SGD(probe.classifier.parameters(), lr=learning_rate, momentum=0.9, nesterov=nesterov)
-    return optimizer, LambdaLR(optimizer, LearningRate(base=1.0, steps=steps))
+    return optimizer, LearningRate(base=learning_rate, steps=steps).scheduler(optimizer)
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: Sequence[int] = (1, 5)) -> tuple[float, ...]:

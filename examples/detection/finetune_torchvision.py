@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import detectors
-import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2 as T
@@ -36,7 +35,7 @@ from cgh.distributed import rank_and_world_size
 sys.path.append(str(Path(__file__).parents[1] / "imagenet"))  # whose runs are kept and logged in the same way
 from command import command, read_arguments
 from log import Log
-from run import Run, Stop, check_same, join, leave_signals_to_the_run, write_json
+from run import Run, Stop, check_same, join, leave_signals_to_the_run, mixed_seed, write_json
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
 AVERAGES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # COCO's, and their names in torchmetrics
@@ -140,19 +139,9 @@ class Batches(Sampler[list[int]]):
         return int(_order(self.images, self.config.seed, epoch)[place])
 
 
-def _percent(ap: float) -> float:
-    """An average precision; -1 is that of nothing to be found, as of a class that the test set lacks."""
-    return 100 * ap if ap >= 0 else math.nan
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that has nothing to do with those of neighbouring numbers; torch reads 32 bits of one."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
 def _order(images: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(images, generator=torch.Generator().manual_seed(_mix(seed, epoch, 0)))
+    return torch.randperm(images, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch, 0)))
 
 
 def learning_rate(config: Recipe, step: int) -> float:
@@ -238,6 +227,11 @@ def evaluate(model: FasterRCNN, test: Annotations, device: torch.device, workers
     return averages | dict(zip(names, map(_percent, of_class), strict=True))
 
 
+def _percent(ap: float) -> float:
+    """An average precision; -1 is that of nothing to be found, as of a class that the test set lacks."""
+    return 100 * ap if ap >= 0 else math.nan
+
+
 @torch.no_grad()
 def draw(model: FasterRCNN, test: Annotations, device: torch.device, folder: Path, count: int) -> None:
     """Write pictures of the first `count` images, with what was found over what is there."""
@@ -314,7 +308,7 @@ def finetune(config: Config) -> dict[str, float]:
         worker_init_fn=leave_signals_to_the_run,
     )
     for batch in loader:
-        torch.manual_seed(_mix(config.seed, step * world_size + rank, 1))  # flips, sizes and choices of proposals
+        torch.manual_seed(mixed_seed(config.seed, step * world_size + rank, 1))  # flips, sizes and choices of proposals
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = rate

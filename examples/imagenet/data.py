@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from files import BadImageError, decode, is_hidden, is_image, list_files, list_folders, list_images, read_image
-from run import leave_signals_to_the_run
+from run import leave_signals_to_the_run, mixed_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -163,7 +163,7 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         """The images in an order of this epoch's own, a few shards after a few others."""
         with HOST:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
             order = torch.randperm(len(self.images), generator=generator)
             shard = self.images.source.shard[self.images.kept[order]]
             turn = torch.randperm(int(self.images.source.shard.max()) + 1, generator=generator) // MIXED_SHARDS
@@ -181,7 +181,7 @@ class Views(Dataset[tuple[tuple[Tensor, ...], int, list[int]]]):
         with HOST, torch.random.fork_rng(devices=[]):
             image, label, bad = self.images.load(index)
             # This generator alone: torch.manual_seed remembers every call for devices that are not in use.
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
             return self.crops(image), label, bad
 
 
@@ -205,11 +205,6 @@ def _end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch takes a worker that is killed for an accident
     for worker in _workers:
         worker.kill()
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that has nothing to do with those of neighbouring numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _collate(items: list[tuple[tuple[Tensor, ...], int, list[int]]]) -> tuple[tuple[Tensor, ...], Tensor, list[int]]:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +32,11 @@ except ModuleNotFoundError:  # on Windows
 
 # What autocast computes in, by the names that the command lines use.
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed of 32 bits, as many as torch reads on a CPU, unlike those of neighbouring numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def effective(precision: str, device: torch.device) -> str:

@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from factors import FACTORS, factors_table, measure
@@ -34,6 +33,7 @@ from methods import METHODS, TARGETS, Learner, Method, Settings, resnet18
 from results import add_rows, markdown, mean_and_spread, mean_curves, read_rows, to_csv
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from run import mixed_seed
 from torch import Tensor, nn
 
 import cgh
@@ -51,11 +51,6 @@ BUDGET = ("epochs", "images", "size", "width", "batch", "settings")  # what runs
 LISTED_DEPTH = 3  # parts of the names of layers that are listed, as the blocks of a transformer have
 COSTS = ("images/s", "peak memory, MiB", "minutes")
 console = Console()
-
-
-def _mix(*numbers: int) -> int:
-    """A seed that has nothing to do with those of neighbouring numbers; torch reads 32 bits of one."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
@@ -345,8 +340,8 @@ class Study:
             torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(seed)
         learner = self._learner(method, settings, steps, seed)
-        # torch's types have a memory format only without a device.
-        learner = learner.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        learner = learner.to(self.device)
+        learner = learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
         optimizer = learner.optimizer(budget.weight_decay)
         peak = settings.learning_rate * budget.batch / 256
         rate = cgh.LearningRate(peak, steps, round(budget.learning_rate_warmup * steps))
@@ -444,12 +439,12 @@ class Study:
     ) -> float:
         """Train for an epoch, of which the seed and its number decide all draws; return the mean loss."""
         batch, shape = self.budget.batch, self.train.pixels.shape
-        shuffle = torch.Generator().manual_seed(_mix(seed, epoch, 0))
+        shuffle = torch.Generator().manual_seed(mixed_seed(seed, epoch, 0))
         order = torch.randperm(shape[0], generator=shuffle)
         total = torch.zeros((), device=self.device)
         for i, index in enumerate(order.split(batch)[: self.steps_per_epoch]):
             step = epoch * self.steps_per_epoch + i
-            draw = _mix(seed, step, 1)
+            draw = mixed_seed(seed, step, 1)
             crops, colours = self.crops.draw((batch, *shape[1:]), draw), self.augment.draw(batch, draw)
             total += train_step(rate(step), learner.weights(step), index, crops, colours)
         return total.item() / self.steps_per_epoch
@@ -552,7 +547,7 @@ def _draw(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]], path: P
     curves = {METHODS[name].title: mean_curves([*runs[name].values()], QUANTITIES) for name in METHODS if name in runs}
     if not curves:
         return
-    figure = plot.curves(curves)
+    figure = plot.curves(curves, size=(9, 4.2))
     for axes, quantity in zip(figure.axes, QUANTITIES, strict=True):
         axes.set_xlabel("epoch")
         for name in [baseline for baseline in BASELINES if baseline in runs]:

@@ -24,5 +24,6 @@ def _join(rank: int, function: Callable[..., Any], world_size: int, folder: str,
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # all is written; a thread of the backend that outlives the interpreter would abort the process
+    # All is written. The group's end may wait for a thread of the backend that waits for the interpreter; without it,
+    # such a thread would outlive the interpreter and abort the process.
+    os._exit(0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 import cgh
 from cgh.evaluate import LabelledFeatures, extract_features, load_features, save_features
@@ -197,3 +197,6 @@ def test_a_loader_that_drops_images() -> None:
     images = TensorDataset(torch.randn(10, 3, 8, 8), torch.zeros(10, dtype=torch.long))
     with pytest.raises(ValueError, match="drop_last=True"):
         extract_features(nn.Flatten(), DataLoader(images, 4, drop_last=True))
+    with pytest.raises(ValueError, match="drop_last=True"):
+        sampler = BatchSampler(SequentialSampler(images), 4, drop_last=True)
+        extract_features(nn.Flatten(), DataLoader(images, batch_sampler=sampler))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,12 +178,14 @@ def test_another_recipe_needs_another_folder(finetune: ModuleType, tmp_path: Pat
         finetune.finetune(finetune.Config(**options | {"lr": 0.5}))
 
 
-def test_batches_depend_on_the_step_alone(finetune: ModuleType, tmp_path: Path) -> None:
+def test_batches_depend_on_the_seed_and_the_step_alone(finetune: ModuleType, tmp_path: Path) -> None:
     config = finetune.Config(**small(tmp_path, backbone="scratch", steps=6, batch=5))
     batches = list(finetune.Batches(10, config, start=0))
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(10))
     assert batches[0] + batches[1] != batches[2] + batches[3]
     assert list(finetune.Batches(10, config, start=4)) == batches[4:]
+    others = [list(finetune.Batches(10, replace(config, seed=seed), start=0)) for seed in (1, 2)]
+    assert batches != others[0] != others[1] != batches
 
 
 def test_ranks_share_the_batch_of_one(finetune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +266,13 @@ def measure(source: str) -> dict[str, float]:
     finetune = importlib.import_module("finetune_torchvision")
     result: dict[str, float] = finetune.evaluate(ByColour(), finetune.read([source]), torch.device("cpu"), workers=0)
     return result
+
+
+def test_where_nothing_is_to_be_found_there_is_no_precision(finetune: ModuleType, tmp_path: Path) -> None:
+    source = rectangles.voc(tmp_path / "data", "test", 2)
+    for path in (tmp_path / "data" / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+    assert all(map(math.isnan, measure(source).values()))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +264,27 @@ def test_a_search_needs_no_test_images(study: ModuleType, tmp_path: Path) -> Non
     best = max(trials, key=lambda trial: float(trial["20 neighbours"]))
     chosen = json.loads((tmp_path / "out/search/ressl.json").read_text())
     assert (chosen["learning_rate"], chosen["warmup"]) == (float(best["learning_rate"]), float(best["warmup"]))
+
+
+def test_a_seed_decides_the_order_and_the_views(study: ModuleType, tmp_path: Path) -> None:
+    images = study.Images(torch.zeros(240, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(240, dtype=torch.long))
+    job = study.Study(study.Run(**options(study, tmp_path, tmp_path)), images, images)
+
+    def drawn(seed: int, epoch: int) -> list[Tensor]:
+        steps = []
+
+        def step(rate: float, weights: object, *draws: Tensor) -> Tensor:
+            steps.append(draws)
+            return torch.zeros(())
+
+        weights = SimpleNamespace(weights=lambda step: None)
+        job._epoch(step, weights, lambda step: 0.0, seed, epoch)
+        return [torch.stack(draws) for draws in zip(*steps, strict=True)]
+
+    first, again, *others = drawn(0, 1), drawn(0, 1), drawn(1, 1), drawn(2**32, 1), drawn(0, 2)
+    for number, draws in enumerate(first):  # order, crops, colours
+        assert torch.equal(draws, again[number])
+        assert not any(torch.equal(draws, other[number]) for other in others)
 
 
 def test_held_out_images_are_not_trained_on(study: ModuleType) -> None:
