@@ -147,9 +147,10 @@ class Writer:
         """Copy `state` and have it written; wait for the one before, and raise what went wrong with it."""
         self.wait()
         check_plain(dict(state))
-        copied = _copy(dict(state))
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies do not wait for one another
+        devices: set[torch.device] = set()
+        copied = _copy(dict(state), devices)
+        for device in devices:
+            torch.cuda.synchronize(device)  # the copies do not wait for one another
         self._written = self._thread.submit(self._write, copied)
 
     def wait(self) -> None:
@@ -159,18 +160,20 @@ class Writer:
             written.result()
 
 
-def _copy(value: Any) -> Any:
-    """A state on the host that later steps do not change, its tensors on the way there."""
+def _copy(value: Any, devices: set[torch.device]) -> Any:
+    """A state on the host that later steps do not change, its tensors on the way there from the CUDA devices added."""
     if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            devices.add(value.device)
         copied = torch.empty_like(value.detach(), device="cpu", pin_memory=value.is_cuda)
         return copied.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
         mapping = copy.copy(value)  # with the versions that a state_dict carries as an attribute
         for key, x in value.items():  # a Counter's update counts
-            mapping[key] = _copy(x)
+            mapping[key] = _copy(x, devices)
         return mapping
     if type(value) in (list, tuple, set):
-        return type(value)(_copy(x) for x in value)
+        return type(value)(_copy(x, devices) for x in value)
     return copy.copy(value)
 
 

@@ -51,7 +51,8 @@ def check_soon(tensors: Mapping[str, Tensor]) -> None:
                 f"out. {REMEDY}"
             )
     largest = torch.stack([x.float() for x in torch._foreach_norm(list(on_cuda.values()), torch.inf)])
-    event = torch.cuda.Event()
-    arriving = largest.to("cpu", non_blocking=True)
-    event.record()
+    with torch.cuda.device_of(largest):
+        event = torch.cuda.Event()
+        arriving = largest.to("cpu", non_blocking=True)
+        event.record()
     _under_way.append((list(on_cuda), arriving, event))

@@ -158,7 +158,10 @@ class BatchCrops:
         return self.transform(images, _send(self.draw(images.shape, seed), images.device))
 
     def draw(self, shape: Sequence[int], seed: int) -> Tensor:
-        """Return what decides the views of a batch of this shape, on the host: the half of a call that draws."""
+        """Return what decides the views of a batch of this shape, on the host: the half of a call that draws.
+
+        PyTorch reads the last 32 bits of the seed on a CPU. Ranks and steps that are to differ need seeds that do.
+        """
         # Not the stream of Augmentation, so that a step may use one seed for both.
         return torch.rand(2, shape[0], DRAWN, generator=torch.Generator().manual_seed(~seed), device="cpu")
 
@@ -202,7 +205,7 @@ class Augmentation(nn.Module):
 
     Args:
         mean: of the channels, from 0 to 1.
-        std: likewise.
+        std: likewise, above 0.
         colour: jitter, grey and blur; without, views are normalised only, after workers that apply `Colour`.
         blur: blur; small images do better without.
         weak: leave the second view its colours; else it is distorted as the first.
@@ -216,7 +219,8 @@ class Augmentation(nn.Module):
     Raises:
         TypeError: views that are not uint8.
         ValueError: views that are not `(N, 3, S, S)`, are elsewhere than the module or too small to be blurred; a
-            jitter that has not four strengths, a mean and std that are not three numbers, or a `dtype` of integers.
+            jitter that has not four strengths, a mean and std that are not three numbers from 0 to 1, or a `dtype` of
+            integers.
 
     Example:
         >>> import torch
@@ -244,9 +248,10 @@ class Augmentation(nn.Module):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if len(mean) != 3 or len(std) != 3 or not all(0 <= x <= 1 for x in mean) or not all(0 < x <= 1 for x in std):
             raise ValueError(
-                f"mean is {tuple(mean)} and std {tuple(std)}; each is three numbers, and deviations are above 0."
+                f"mean is {tuple(mean)} and std {tuple(std)}; each is three numbers from 0 to 1, and deviations are "
+                "above 0."
             )
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; views are floating point.")
@@ -275,7 +280,10 @@ class Augmentation(nn.Module):
         return self.transform(views, _send(self.draw(count, seed), self.mean.device))
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """Return what decides `count` strong and local views, on the host: the half of a call that draws."""
+        """Return what decides `count` strong and local views, on the host: the half of a call that draws.
+
+        PyTorch reads the last 32 bits of the seed on a CPU. Ranks and steps that are to differ need seeds that do.
+        """
         if not self.colour:
             return torch.empty(count, 0, device="cpu")
         return colours.draw(count, torch.Generator().manual_seed(seed))

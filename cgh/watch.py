@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from cgh import diagnostics
 from cgh.contexts import Contexts
-from cgh.distributed import gather, mean, rank_and_world_size
+from cgh.distributed import gather, mean, rank_and_world_size, send
 from cgh.evaluate import extract_features, knn
 from cgh.extras import require
 from cgh.interop.backbone import find_backbone
@@ -290,7 +290,7 @@ class OnlineProbe:
         # At the others' mean an image moves nothing but the variance, which is then scaled back.
         x = torch.where(finite[:, None], x, 0)
         x = torch.where(finite[:, None], x, x.sum(0) / images.clamp(min=1))
-        labels = torch.where(finite & (images > 1), labels.to(x.device).clamp(min=-1), -1)
+        labels = torch.where(finite & (images > 1), send(labels, x.device).clamp(min=-1), -1)
         known = (labels >= 0).sum()
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             logits = F.linear(self.norm(x) * (images / len(x)).sqrt(), self.weight, self.bias)

@@ -303,6 +303,9 @@ def test_what_is_no_batch_and_no_jitter() -> None:
         views.Augmentation(jitter=(math.nan, 0.4, 0.4, 0.1))
     with pytest.raises(ValueError, match=r"std \(0.2, 0.0, 0.2\)"):
         views.Augmentation(std=(0.2, 0.0, 0.2))
+    for mean, std in [((123.7, 116.3, 103.5), views.IMAGENET_STD), (views.IMAGENET_MEAN, (0.2, math.nan, 0.2))]:
+        with pytest.raises(ValueError, match="three numbers from 0 to 1"):
+            views.Augmentation(mean, std)
     with pytest.raises(ValueError, match=r"mean is \(0.5,\)"):
         views.Augmentation(mean=(0.5,))
     with pytest.raises(ValueError, match=r"dtype is torch.uint8"):

@@ -58,7 +58,7 @@ def kmeans(features: Tensor, clusters: int, seed: int = 0, restarts: int = 10) -
         )
     check_finite(features, "features")
     estimator = require("sklearn.cluster", extra="examples").KMeans(clusters, n_init=restarts, random_state=seed)
-    return torch.from_numpy(estimator.fit_predict(F.normalize(features.float(), dim=1).cpu().numpy())).long()
+    return torch.from_numpy(estimator.fit_predict(F.normalize(features.detach().float(), dim=1).cpu().numpy())).long()
 
 
 def cluster_scores(clusters: Tensor, labels: Tensor) -> ClusterScores:

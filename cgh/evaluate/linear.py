@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from cgh.hypercolumn import pooled_output
 from cgh.labels import check_tensor, integer_labels, integers
 from cgh.schedules import LearningRate
 from cgh.wrappers import own_copy
@@ -24,6 +25,9 @@ class Classifier(nn.Module):
 
     Shape:
         images `(N, 3, H, W)` -> logits `(N, classes)`.
+
+    Raises:
+        ValueError: at the first images, a backbone that gives no pooled feature, or one of another width.
 
     Example:
         >>> import torch, cgh
@@ -42,7 +46,13 @@ class Classifier(nn.Module):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, classes)` of `images`."""
-        logits: Tensor = self.classifier(self.backbone(images))
+        features = pooled_output(self.backbone(images), len(images), self.backbone)
+        if features.shape[1] != self.classifier.in_features:
+            raise ValueError(
+                f"the backbone's features are {tuple(features.shape)} and the linear layer reads width "
+                f"{self.classifier.in_features}: build it with width={features.shape[1]}."
+            )
+        logits: Tensor = self.classifier(features)
         return logits
 
 

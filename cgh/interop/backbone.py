@@ -94,6 +94,9 @@ def save_backbone(model: nn.Module, path: str | os.PathLike[str], like: nn.Modul
 def load_backbone(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
     """Copy a backbone's parameters and buffers into that of `model`; nothing is copied unless everything fits.
 
+    Of a `cgh.CGH` it is the student's; its teacher stays as it is. Where both are to start from these weights, load
+    them before the method is built, which copies the student.
+
     Args:
         model: as in `backbone_state`.
         source: what `save_backbone` wrote, or a state.

@@ -134,8 +134,13 @@ def _check(entry: _Entry, labels: dict[str, int], bad: list[str]) -> Record:
         )
     if entry.image.stat().st_size == 0:
         raise ValueError(f"{entry.image} is an empty file; put the image back, or take it out of {entry.file}.")
-    good = []
-    for thing in entry.objects:
+    # Clipped in the precision that detectors read: a box that becomes flat by it has no area either, and stops them.
+    limits = torch.tensor([entry.width, entry.height, entry.width, entry.height])
+    boxes = torch.tensor([thing.box for thing in entry.objects], dtype=torch.float32).reshape(-1, 4)
+    boxes = boxes.clamp(min=torch.zeros(4)).minimum(limits)
+    kept = []
+    for index, solid in enumerate((boxes[:, :2] < boxes[:, 2:]).all(1).tolist()):
+        thing = entry.objects[index]
         if thing.name not in labels:
             raise ValueError(
                 f"{entry.file} has the class {thing.name!r}, which is not among {', '.join(labels)}; "
@@ -143,21 +148,20 @@ def _check(entry: _Entry, labels: dict[str, int], bad: list[str]) -> Record:
             )
         left, top, right, bottom = thing.box
         inside = min(left, top) >= -ROUNDING and right <= entry.width + ROUNDING and bottom <= entry.height + ROUNDING
-        if inside and left < right and top < bottom:
-            good.append(thing)
+        if inside and solid:
+            kept.append(index)
         else:
             bad.append(
                 f"{entry.file}: {thing.name} at left {left:g}, top {top:g}, right {right:g}, bottom {bottom:g} "
                 f"in {entry.image.name} of {entry.width} x {entry.height}"
             )
-    boxes = torch.tensor([thing.box for thing in good]).reshape(-1, 4)
-    limits = torch.tensor([entry.width, entry.height, entry.width, entry.height])
+    good = [entry.objects[index] for index in kept]
     return Record(
         entry.image,
         entry.image_id,
         entry.height,
         entry.width,
-        boxes.clamp(min=torch.zeros(4)).minimum(limits),
+        boxes[kept],
         labels=torch.tensor([labels[thing.name] for thing in good], dtype=torch.int64),
         crowd=torch.tensor([thing.crowd for thing in good], dtype=torch.bool),
         difficult=torch.tensor([thing.difficult for thing in good], dtype=torch.bool),

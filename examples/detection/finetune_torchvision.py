@@ -236,11 +236,11 @@ def _percent(ap: float) -> float:
 def draw(model: FasterRCNN, test: Annotations, device: torch.device, folder: Path, count: int) -> None:
     """Write pictures of the first `count` images, with what was found over what is there."""
     model.eval()
-    for truth, (image, _) in zip(test.records[:count], Detections(test), strict=False):
+    for index, (truth, (image, _)) in enumerate(zip(test.records[:count], Detections(test), strict=False)):
         found = detect(model, image, device)
         seen = (found["boxes"], found["labels"] - 1, found["scores"])
         picture = plot.detections(image.as_subclass(Tensor), seen, (truth.boxes, truth.labels), test.classes)
-        plot.save(picture, folder / f"{truth.image.stem}.png")
+        plot.save(picture, folder / f"{index:03}-{truth.image.stem}.png")
 
 
 def finetune(config: Config) -> dict[str, float]:

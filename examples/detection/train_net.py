@@ -298,7 +298,8 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
     classes = MetadataCatalog.get(name).thing_classes
     records = DatasetCatalog.get(name)
     model.eval()
-    for record, inputs in itertools.islice(zip(records, Trainer.build_test_loader(cfg, name), strict=False), count):
+    pairs = zip(records, Trainer.build_test_loader(cfg, name), strict=False)
+    for index, (record, inputs) in enumerate(itertools.islice(pairs, count)):
         found = model(inputs)[0]["instances"].to("cpu")
         truth = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in record["annotations"]]
         labels = torch.tensor([x["category_id"] for x in record["annotations"]], dtype=torch.int64)
@@ -308,7 +309,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, count: int) -> None:
             (torch.tensor(truth).reshape(-1, 4), labels),
             classes,
         )
-        plot.save(picture, folder / f"{Path(record['file_name']).stem}.png")
+        plot.save(picture, folder / f"{index:03}-{Path(record['file_name']).stem}.png")
     logger.info("Predictions over the ground truth: %s", folder)
 
 

@@ -39,7 +39,7 @@ def test_kmeans_finds_separated_classes_and_a_seed_fixes_it() -> None:
     features = 10 * torch.eye(4)[labels] + torch.randn(60, 4, generator=generator)
     clusters = kmeans(features, clusters=4)
     assert cluster_scores(clusters, labels) == (100.0, *[pytest.approx(1.0)] * 3)
-    assert torch.equal(clusters, kmeans(features, clusters=4))
+    assert torch.equal(clusters, kmeans(features.requires_grad_(), clusters=4)), "also in training"
     lengths = torch.rand(60, 1, generator=generator) + 0.01
     assert cluster_scores(kmeans(lengths * features, clusters=4), clusters).accuracy == 100, "lengths do not count"
 

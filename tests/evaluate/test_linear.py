@@ -144,3 +144,15 @@ def test_a_frozen_backbone_is_not_fine_tuned() -> None:
     teacher = cgh.EMATeacher(cgh.interop.build_backbone("resnet18"))
     with pytest.raises(ValueError, match="no parameter of the backbone takes a gradient"):
         finetune_recipe(Classifier(teacher.encoder, 512, 4), steps_per_epoch=5)
+
+
+def test_a_backbone_gives_a_pooled_feature_of_the_width_that_was_said() -> None:
+    extractor = cgh.HypercolumnExtractor(small_backbone(), ["layer3", "layer4"])
+    images = torch.randn(2, 3, 64, 64)
+    assert LinearProbe(extractor, 512, 3)(images).shape == (2, 3)
+    with pytest.raises(
+        ValueError, match=r"are \(2, 512\) and the linear layer reads width 64: build it with width=512"
+    ):
+        LinearProbe(extractor, 64, 3)(images)
+    with pytest.raises(ValueError, match="must give a pooled feature"):
+        LinearProbe(nn.Conv2d(3, 4, 1), 4, 3)(images)

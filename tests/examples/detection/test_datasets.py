@@ -81,8 +81,19 @@ def test_a_pixel_of_rounding_is_cut_off(datasets: ModuleType, tmp_path: Path) ->
     assert datasets.read([source]).records[0].boxes.tolist() == [[0, 5, 64, 20]]
 
 
-@pytest.mark.parametrize("box", [(10, 10, 70, 20), (-5, 10, 20, 20), (20, 10, 21, 11), (30, 10, 20, 20)])
-def test_bad_boxes_are_named_or_counted(datasets: ModuleType, tmp_path: Path, box: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "box",
+    [
+        (10, 10, 70, 20),
+        (-5, 10, 20, 20),
+        (20, 10, 21, 11),
+        (30, 10, 20, 20),
+        (65, 10, 65.5, 20),  # flat at the border
+    ],
+)
+def test_bad_boxes_are_named_or_counted(
+    datasets: ModuleType, tmp_path: Path, box: tuple[float, float, float, float]
+) -> None:
     source = rectangles.voc(tmp_path, "train", 1)
     rectangles.annotate(tmp_path, "train0", {"red": box, "blue": (1, 1, 20, 20)})
     with pytest.raises(ValueError, match=r"1 boxes .*\n.*train0.xml: red at left .* of 64 x 64\n.*--skip-bad-boxes"):

@@ -236,7 +236,7 @@ def test_it_learns_to_detect(finetune: ModuleType, tmp_path: Path, weights: Path
     assert (half["step"], end["step"]) == ("45", "90")
     assert float(end["AP50"]) > 90
     assert float(end["AP"]) == pytest.approx((float(end["AP/blue"]) + float(end["AP/red"])) / 2, rel=1e-3)
-    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["val0.png", "val1.png"]
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["000-val0.png", "001-val1.png"]
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     config = json.loads((run / "config.json").read_text())
     assert (config["classes"], config["steps"], config["weight_decay"]) == (["blue", "red"], 90, 1e-4)
