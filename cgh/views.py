@@ -22,11 +22,11 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
-from cgh import colours
+from cgh import colours, normalisation
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_MEAN = normalisation.IMAGENET_MEAN
 """Of red, green and blue in ImageNet, from 0 to 1."""
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_STD = normalisation.IMAGENET_STD
 """Of red, green and blue in ImageNet, from 0 to 1."""
 
 JITTER = (0.4, 0.4, 0.4, 0.1)
@@ -248,11 +248,7 @@ class Augmentation(nn.Module):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or not all(0 <= x <= 1 for x in mean) or not all(0 < x <= 1 for x in std):
-            raise ValueError(
-                f"mean is {tuple(mean)} and std {tuple(std)}; each is three numbers from 0 to 1, and deviations are "
-                "above 0."
-            )
+        normalisation.check_normalisation(mean, std)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; views are floating point.")
         self.colour, self.blur, self.jitter = colour, blur, _check_jitter(jitter)

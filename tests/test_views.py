@@ -304,7 +304,7 @@ def test_what_is_no_batch_and_no_jitter() -> None:
     with pytest.raises(ValueError, match=r"std \(0.2, 0.0, 0.2\)"):
         views.Augmentation(std=(0.2, 0.0, 0.2))
     for mean, std in [((123.7, 116.3, 103.5), views.IMAGENET_STD), (views.IMAGENET_MEAN, (0.2, math.nan, 0.2))]:
-        with pytest.raises(ValueError, match="three numbers from 0 to 1"):
+        with pytest.raises(ValueError, match="each is of three channels in 0 to 1"):
             views.Augmentation(mean, std)
     with pytest.raises(ValueError, match=r"mean is \(0.5,\)"):
         views.Augmentation(mean=(0.5,))

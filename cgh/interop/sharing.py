@@ -29,9 +29,9 @@ from cgh.interop.trained import find_arch, has_small_stem
 from cgh.layouts import declared_prefix_tokens
 from cgh.method import CGH
 from cgh.modes import evaluating
+from cgh.normalisation import IMAGENET_MEAN, IMAGENET_STD, check_normalisation
 from cgh.wrappers import unwrap
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHTS, HEADS, CONFIG, CARD = "model.safetensors", "heads.safetensors", "config.json", "README.md"
 HUB = "hf-hub:"
 PLACES = ("folder", "root", "workers", "device")  # of a run's configuration: they say nothing about the model
@@ -85,10 +85,7 @@ def save_pretrained(
     """
     backbone, folder = find_backbone(model), Path(folder)
     mean, std = ([float(x) for x in values] for values in (mean, std))
-    if len(mean) != 3 or len(std) != 3 or not all(0 <= x <= 1 for x in mean) or not all(0 < x <= 1 for x in std):
-        raise ValueError(
-            f"mean is {mean} and std {std}; each is of three channels in 0 to 1, so both lie there, and std above 0."
-        )
+    check_normalisation(mean, std)
     image_size = _built_for(backbone) if image_size is None else image_size
     about: dict[str, Any] = {"image_size": image_size}
     encoder = _encoder(model)

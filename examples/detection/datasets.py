@@ -138,9 +138,9 @@ def _check(entry: _Entry, labels: dict[str, int], bad: list[str]) -> Record:
     limits = torch.tensor([entry.width, entry.height, entry.width, entry.height])
     boxes = torch.tensor([thing.box for thing in entry.objects], dtype=torch.float32).reshape(-1, 4)
     boxes = boxes.clamp(min=torch.zeros(4)).minimum(limits)
+    solid = (boxes[:, :2] < boxes[:, 2:]).all(1).tolist()
     kept = []
-    for index, solid in enumerate((boxes[:, :2] < boxes[:, 2:]).all(1).tolist()):
-        thing = entry.objects[index]
+    for index, thing in enumerate(entry.objects):
         if thing.name not in labels:
             raise ValueError(
                 f"{entry.file} has the class {thing.name!r}, which is not among {', '.join(labels)}; "
@@ -148,7 +148,7 @@ def _check(entry: _Entry, labels: dict[str, int], bad: list[str]) -> Record:
             )
         left, top, right, bottom = thing.box
         inside = min(left, top) >= -ROUNDING and right <= entry.width + ROUNDING and bottom <= entry.height + ROUNDING
-        if inside and solid:
+        if inside and solid[index]:
             kept.append(index)
         else:
             bad.append(
