@@ -221,8 +221,9 @@ class CGH(Counted):
             )
         teacher, student = _joined(batches), _joined([output.student for output in outputs])
         self.memory.check(teacher)
-        check_soon({f"student[{name!r}]": x for name, x in student.items()})
-        check_soon({f"teacher[{name!r}]": x for name, x in teacher.items()})
+        check_soon(
+            {f"{who}[{name!r}]": x for who, z in (("student", student), ("teacher", teacher)) for name, x in z.items()}
+        )
         self.teacher.update(self.student)
         if self.relation_loss.centring is not None:
             self.relation_loss.centring.update(teacher, self.memory)

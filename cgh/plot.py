@@ -760,6 +760,7 @@ def _pictures(images: Tensor, name: str) -> Any:
             f"{name} are {images.dtype} of shape {tuple(images.shape)} from {low:.3g} to {high:.3g}; pictures are "
             "(N, 1 or 3, H, W), floating point in [0, 1] or uint8. Undo a normalisation first."
         )
+    images = images.float() if images.is_floating_point() else images  # NumPy has no bfloat16
     return images.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 

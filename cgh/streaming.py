@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -39,6 +39,19 @@ LARGEST = 60.0
 negative."""
 
 HAS_TRITON = find_spec("triton") is not None
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Return whether Triton's kernels run on a device: on CUDA, but for GPUs that are older than it supports.
+
+    Example:
+        >>> import torch
+        >>> from cgh.streaming import has_kernels
+        >>> has_kernels(torch.device("cpu"))
+        False
+    """
+    return HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 class Query(NamedTuple):
@@ -73,14 +86,16 @@ Term: TypeAlias = tuple[Tensor, Tensor]
 def backend(x: Tensor) -> Literal["torch", "triton"]:
     """Return how relations of embeddings like `x` are computed: by plain torch, or with a Triton kernel on CUDA.
 
-    float64, other devices, and a torch that came without Triton take plain torch.
+    float64, other devices, GPUs before compute capability 7.0 and a torch without Triton take plain torch.
 
     Example:
         >>> import torch
         >>> backend(torch.randn(4, 8))
         'torch'
     """
-    return "triton" if HAS_TRITON and x.is_cuda and x.dtype != torch.float64 else "torch"
+    # A compiler for CUDA, which has kernels of Triton itself, takes no call of its driver into a graph.
+    kernels = x.is_cuda and (HAS_TRITON if torch.compiler.is_compiling() else has_kernels(x.device))
+    return "triton" if kernels and x.dtype != torch.float64 else "torch"
 
 
 def common_dtype(queries: Sequence[Query]) -> torch.dtype:

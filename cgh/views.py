@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TypedDict
 
 import torch
@@ -23,6 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
 from cgh import colours, normalisation
+from cgh.streaming import has_kernels
 
 IMAGENET_MEAN = normalisation.IMAGENET_MEAN
 """Of red, green and blue in ImageNet, from 0 to 1."""
@@ -36,7 +36,6 @@ RATIO = (3 / 4, 4 / 3)
 DRAWN = 23
 """Uniform numbers of a crop of `BatchCrops`: ten areas, ten ratios, two places, and whether it is flipped."""
 WEAK = 1  # where the weak view stands among the views
-HAS_TRITON = find_spec("triton") is not None
 
 
 class LocalCrops(TypedDict):
@@ -68,7 +67,7 @@ class Crops:
         uint8 `(3, H, W)` -> `(strong, weak, *local)`, uint8 `(3, size, size)` each, channels last in memory.
 
     Raises:
-        TypeError: an image that is not uint8.
+        TypeError: an image that is not uint8, or a side that is no whole number.
         ValueError: an image that is not `(3, H, W)`; sides below one, scales that are no shares, or not as many scales
             as sides.
 
@@ -132,8 +131,8 @@ class BatchCrops:
         uint8 `(N, 3, H, W)` -> `(strong, weak)`, uint8 `(N, 3, size, size)` each.
 
     Raises:
-        TypeError: images that are not uint8.
-        ValueError: images that are not `(N, 3, H, W)`, a side below one, or a scale that is no share.
+        TypeError: images that are not uint8, or a side that is no whole number.
+        ValueError: images that are not `(N, 3, H, W)`, none at all, a side below one, or a scale that is no share.
 
     Example:
         >>> import torch
@@ -167,7 +166,7 @@ class BatchCrops:
 
     def transform(self, images: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Return the views that `draw`, moved to the images' device, decides: the half that is the device's."""
-        if _has_kernels(images):
+        if has_kernels(images.device):
             from cgh import crop_kernels
 
             return crop_kernels.crop(images, uniform, self.size, self.scale, RATIO)
@@ -218,9 +217,9 @@ class Augmentation(nn.Module):
 
     Raises:
         TypeError: views that are not uint8.
-        ValueError: views that are not `(N, 3, S, S)`, are elsewhere than the module or too small to be blurred; a
-            jitter that has not four strengths, a mean and std that are not three numbers from 0 to 1, or a `dtype` of
-            integers.
+        ValueError: views that are not `(N, 3, S, S)`, are of no image, elsewhere than the module or too small to be
+            blurred; a jitter that has not four strengths, a mean and std that are not three numbers from 0 to 1, or a
+            `dtype` of integers.
 
     Example:
         >>> import torch
@@ -295,7 +294,7 @@ class Augmentation(nn.Module):
             rows = None
             if self.colour and i != self.weak:
                 rows, uniform = uniform[: len(view)], uniform[len(view) :]
-            output.append(self._kernels(view, rows) if _has_kernels(view) else self._plain(view, rows))
+            output.append(self._kernels(view, rows) if has_kernels(view.device) else self._plain(view, rows))
         return tuple(output)
 
     def _kernels(self, view: Tensor, uniform: Tensor | None) -> Tensor:
@@ -373,11 +372,6 @@ class Colour:
         return x.mul(255).add_(0.5).to(torch.int16).to(torch.uint8)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether Triton runs where `x` is: on CUDA, except on GPUs that are older than it supports."""
-    return HAS_TRITON and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (7, 0)
-
-
 def _turn_hue(x: Tensor, turns: float) -> Tensor:
     return colours.turn_hue(x[None], torch.full((1, 1, 1), turns, device="cpu"))[0]
 
@@ -400,8 +394,8 @@ def _check_images(images: Tensor, name: str, ndim: int) -> None:
         raise TypeError(f"{name} is a {type(images).__name__}; it is a uint8 tensor, as torchvision.io decodes one.")
     if images.dtype != torch.uint8:
         raise TypeError(f"{name} is {images.dtype}; images are uint8, as they are decoded.")
-    if images.ndim != ndim or images.shape[-3] != 3 or 0 in images.shape[-2:]:
-        expected = "images are (N, 3, H, W)" if ndim == 4 else "an image is (3, H, W)"
+    if images.ndim != ndim or images.shape[-3] != 3 or not images.numel():
+        expected = "images are (N, 3, H, W), at least one" if ndim == 4 else "an image is (3, H, W)"
         raise ValueError(f"{name} has shape {tuple(images.shape)}; {expected}.")
 
 
@@ -414,6 +408,8 @@ def _check_blur(images: Tensor, name: str) -> None:
 
 
 def _check_crop(size: int, scale: tuple[float, float]) -> None:
+    if not hasattr(size, "__index__"):
+        raise TypeError(f"size is {size!r}; views are square: give their side as a whole number of pixels, such as 32.")
     low, high = scale
     if size < 1 or not 0 < low <= high <= 1:
         raise ValueError(

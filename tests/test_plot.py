@@ -247,6 +247,13 @@ def test_detections_have_frames_in_the_colours_of_a_legend() -> None:
     assert not detections(found=tuple(x[:0] for x in found), truth=None).legends
 
 
+def test_pictures_in_half_precision() -> None:
+    image = torch.rand(3, 4, 6).bfloat16()
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    (picture,) = plot.detections(image, nothing).axes[0].images
+    assert torch.equal(torch.as_tensor(picture.get_array()), image.float().permute(1, 2, 0))
+
+
 def test_groups_of_a_run_and_their_levels() -> None:
     run = {"entropy/student": ([0, 1], [5.0, 4.0]), "entropy/teacher": ([0, 1], [5.0, 3.0]), "lr": ([0, 1], [0.1, 0.0])}
     figure = plot.groups(run, levels={"entropy": {"log K": 5.5}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,16 @@ def test_few_relations_are_held_and_many_are_not() -> None:
 
 
 @pytest.mark.usefixtures("chunk")
+def test_kernels_are_for_gpus_that_triton_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "HAS_TRITON", True)
+    for number, capability in enumerate([(6, 1), (7, 0), (9, 0)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        device = torch.device("cuda", 100 + number)  # none that is there, as what was found is kept
+        half = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=device)
+        assert streaming.backend(half) == ("torch" if capability < (7, 0) else "triton")  # type: ignore[arg-type]
+        assert streaming.backend(SimpleNamespace(**vars(half) | {"dtype": torch.float64})) == "torch"  # type: ignore[arg-type]
+
+
 def test_each_term_can_be_differentiated_by_itself() -> None:
     z, t, memory = inputs()
     criterion = cgh.CrossContextLoss(0.1, 0.05)

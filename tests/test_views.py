@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import math
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -314,6 +316,16 @@ def test_what_is_no_batch_and_no_jitter() -> None:
         views.Augmentation().to("meta")([photographs(1)], seed=0)
     with pytest.raises(ValueError, match=r"a view of 32 pixels from 0.0 to 1.0 of the area"):
         views.BatchCrops(scale=(0.0, 1.0))
+    for call in (lambda x: views.Augmentation()([x], seed=0), lambda x: views.BatchCrops(16)(x, seed=0)):
+        with pytest.raises(ValueError, match=r"has shape \(0, 3, 8, 8\); images are \(N, 3, H, W\), at least one"):
+            call(torch.zeros(0, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("crops", [views.Crops, views.BatchCrops])
+def test_views_are_square(crops: Callable[..., object]) -> None:
+    for size in ((32, 32), 32.5):
+        with pytest.raises(TypeError, match=f"size is {re.escape(repr(size))}; views are square"):
+            crops(size)
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,13 @@ def find_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     known = [encoder for encoder in ENCODERS if encoder in encoders.values()]
     chosen = [prefix for prefix, encoder in encoders.items() if not known or encoder == known[0]]
     if len(chosen) > 1:
+        keys = [encoders[prefix] for prefix in chosen]
+        # The same encoder in several entries, whose own names are left out of its name.
+        entries = len(set(keys)) < len(keys)
+        keys = [prefix.partition(".")[0] for prefix in chosen] if entries else keys
         raise ValueError(
-            f"{what} has several encoders that fit, {', '.join(whole)}; say which: encoder_key="
-            f"{' or '.join(repr(encoder) for encoder in encoders.values())}."
+            f"{what} has several encoders that fit, {', '.join(chosen)}; say which: "
+            f"{'checkpoint_key' if entries else 'encoder_key'}={' or '.join(map(repr, keys))}."
         )
     if chosen:
         return whole[chosen[0]]

@@ -138,6 +138,14 @@ def test_of_student_and_teacher_one_has_to_be_named(tmp_path: Path) -> None:
     assert_same(trained_backbone(tmp_path / "dino.pth", checkpoint_key="teacher"), teacher)
 
 
+def test_of_one_model_in_two_entries_the_entry_has_to_be_named(tmp_path: Path) -> None:
+    model, averaged = resnet("resnet18"), resnet("resnet18")
+    torch.save({"model": model.state_dict(), "state_dict": averaged.state_dict()}, tmp_path / "both.pth")
+    with pytest.raises(ValueError, match=r"fit, model\., state_dict\.; .*: checkpoint_key='model' or 'state_dict'\."):
+        trained_backbone(tmp_path / "both.pth")
+    assert_same(trained_backbone(tmp_path / "both.pth", checkpoint_key="state_dict"), averaged)
+
+
 def test_a_file_of_other_names_says_what_it_holds(tmp_path: Path) -> None:
     torch.save({"model": {"backbone.0.weight": torch.ones(2), "head.weight": torch.ones(2)}}, tmp_path / "file.pth")
     with pytest.raises(
