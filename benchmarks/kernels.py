@@ -2,8 +2,9 @@
 
 python benchmarks/kernels.py            # some minutes; --help for the options
 
-Compiles the relation kernel for a compute capability at several widths, with the tiling that it takes there: the
-first whose program fits. NVIDIA's assembler, which comes with Triton, says what a thread and a program need.
+Compiles the kernels of the losses for a compute capability at several widths, that of a relation with the tiling that
+it takes there: the first whose program fits. NVIDIA's assembler, which comes with Triton, says what a thread and a
+program need.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
 import tyro
@@ -30,7 +33,7 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 @dataclass
 class Config:
-    """Compile the relation kernel and print what it needs."""
+    """Compile the kernels and print what they need."""
 
     capabilities: tuple[int, ...] = (80, 90)
     """Compute capabilities, times ten: 80 is A100, 86 and 89 are GPUs for desktops, 90 is H100."""
@@ -57,16 +60,14 @@ class Needs:
 def taken(capability: int, dim: int, bank: str, same: bool) -> tuple[kernels.Tiling, Needs]:
     """Return the tiling of the relation kernel at one size, the first that fits, and what it needs."""
     for tiling in kernels.tilings(256, dim, dim, same, int(bank[2:]) // 8, SHARED[capability]):
-        needs = compiled(capability, dim, bank, same, tiling)
+        needs = relation(capability, dim, bank, same, tiling)
         if needs.shared <= SHARED[capability]:
             return tiling, needs
     raise ValueError(f"no tiling fits compute capability {capability / 10} and embeddings of width {dim}")
 
 
-def compiled(capability: int, dim: int, bank: str, same: bool, tiling: kernels.Tiling) -> Needs:
+def relation(capability: int, dim: int, bank: str, same: bool, tiling: kernels.Tiling) -> Needs:
     """Return what the relation kernel needs at one size, in one tiling."""
-    pointers = dict.fromkeys(("centre", "maximum", "total", "sums"), "*fp32")
-    pointers |= dict.fromkeys(("bank", "target"), f"*{bank}") | {"query": "*bf16"}
     constants = {
         "SAME": same,
         "CENTRED": False,
@@ -77,16 +78,38 @@ def compiled(capability: int, dim: int, bank: str, same: bool, tiling: kernels.T
         "ROWS": tiling.rows,
         "BANK_ROWS": tiling.bank_rows,
     }
-    names = list(kernels._relate.arg_names)
-    kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    pointers = {"query": "*bf16", "bank": f"*{bank}", "target": f"*{bank}"}
+    return compiled(kernels._relate, capability, constants, pointers, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def loss(name: str, capability: int, dim: int) -> Needs:
+    """Return what the kernel that ends a loss needs, where a bank is read in as many parts as on an H100."""
+    constants = {"WIDTH": dim, "D": kernels.padded(dim), "TILE": kernels.TILE, "PARTS": 64}
+    if name == "_cross_entropy":
+        constants["OTHER_PARTS"] = 64
+    return compiled(getattr(kernels, name), capability, constants, {}, num_warps=4)
+
+
+def compiled(
+    function: Any, capability: int, constants: dict[str, Any], pointers: dict[str, str], **options: int
+) -> Needs:
+    """Return what a kernel needs; pointers are of float32, but for those named."""
+    tensors = ("query", "centre", "positive", "values", "gradient")
+    sums = ("maximum", "total", "sums")
+    pointers = dict.fromkeys((*tensors, *sums, *(f"other_{name}" for name in sums)), "*fp32") | pointers
+    kinds = {
+        name: "constexpr" if name in constants else (pointers | {"scale": "fp32"}).get(name, "i32")
+        for name in function.arg_names
+    }
     # Pointers and sizes that 16 divides, as they are in a training run.
-    divided = {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name not in constants}
-    source = ASTSource(kernels._relate, kinds, {(names.index(k),): v for k, v in constants.items()}, divided)
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiling.warps, "num_stages": tiling.stages},
-    )
+    divided = {
+        (number,): [["tt.divisibility", 16]]
+        for number, kind in enumerate(kinds.values())
+        if kind not in ("constexpr", "fp32")
+    }
+    names = list(kinds)
+    source = ASTSource(function, kinds, {(names.index(k),): v for k, v in constants.items()}, divided)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return Needs(*assembled(kernel.asm["ptx"], capability), kernel.metadata.shared, instruction(kernel.asm["ptx"]))
 
 
@@ -116,31 +139,39 @@ def instruction(ptx: str) -> str:
 
 
 def main(config: Config) -> None:
-    """Print a table."""
+    """Print two tables."""
+    console = Console(width=140)
     table = Table(title="relation kernel, bfloat16 products")
     for column in ("capability", "D", "bank", "mean row of", "rows x bank rows x columns, stages, warps"):
         table.add_column(column)
     for column in ("registers", "spilled, B", "shared, KiB", "products by", "compiled in, s"):
         table.add_column(column, justify="right")
-    for capability in config.capabilities:
-        for dim in config.dims:
-            for bank in config.banks:
-                for same in (True, False):
-                    start = time.perf_counter()
-                    tiling, needs = taken(capability, dim, bank, same)
-                    table.add_row(
-                        f"{capability / 10}",
-                        f"{dim:,}",
-                        bank,
-                        "its own bank" if same else "another",
-                        f"{tiling.rows} x {tiling.bank_rows} x {tiling.columns}, {tiling.stages}, {tiling.warps}",
-                        str(needs.registers),
-                        str(needs.spilled),
-                        f"{needs.shared / 1024:.0f}",
-                        needs.tensor_cores,
-                        f"{time.perf_counter() - start:.0f}",
-                    )
-    Console(width=140).print(table)
+    for capability, dim, bank, same in product(config.capabilities, config.dims, config.banks, (True, False)):
+        start = time.perf_counter()
+        tiling, needs = taken(capability, dim, bank, same)
+        table.add_row(
+            f"{capability / 10}",
+            f"{dim:,}",
+            bank,
+            "its own bank" if same else "another",
+            f"{tiling.rows} x {tiling.bank_rows} x {tiling.columns}, {tiling.stages}, {tiling.warps}",
+            str(needs.registers),
+            str(needs.spilled),
+            f"{needs.shared / 1024:.0f}",
+            needs.tensor_cores,
+            f"{time.perf_counter() - start:.0f}",
+        )
+    console.print(table)
+    table = Table(title="kernels that end a loss")
+    for column in ("capability", "D", "kernel"):
+        table.add_column(column)
+    for column in ("registers", "spilled, B", "shared, KiB"):
+        table.add_column(column, justify="right")
+    for capability, dim, name in product(config.capabilities, config.dims, ("_cross_entropy", "_infonce")):
+        needs = loss(name, capability, dim)
+        figures = (needs.registers, needs.spilled, round(needs.shared / 1024))
+        table.add_row(f"{capability / 10}", f"{dim:,}", name, *map(str, figures))
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ class Config:
 def build(config: Config) -> tuple[cgh.CGH, Tensor, Tensor]:
     """Return the method and two views."""
     torch.manual_seed(0)
-    model = cgh.CGH(cgh.interop.resnet(config.arch), dim=config.dim, memory_size=config.memory_size).to(DEVICE)
+    model = cgh.CGH(
+        cgh.interop.resnet(config.arch),
+        dim=config.dim,
+        memory_size=config.memory_size,
+        memory_dtype=torch.bfloat16 if ON_GPU else torch.float32,  # that of the products, as in pretrain.py
+    ).to(DEVICE)
     views = torch.randn(2, config.batch, 3, config.size, config.size, device=DEVICE)
     strong, weak = views
     if ON_GPU:

@@ -1,13 +1,15 @@
-"""Relations to a memory on CUDA: products, softmax and mean row of a query in one Triton kernel.
+"""The losses on CUDA: products, softmax and mean row of a relation in one Triton kernel, and what is left in another.
 
-A program takes some rows of a query and a part of the bank, and keeps their sums in registers while it reads that part
-tile by tile: no logit is ever written. As many parts are read at once as the GPU has processors for; a second, small
-kernel puts their sums together. Products are in half precision, so that tensor cores compute them, and sums in float32;
-`exponentiate` is for the products that are not, see `cgh.streaming`.
+A program of the first takes some rows of a query and a part of the bank, and keeps their sums in registers while it
+reads that part tile by tile: no logit is ever written. As many parts are read at once as the GPU has processors for.
+The second puts their sums together, and makes of them the loss of a row and its gradient. Products are in half
+precision, so that tensor cores compute them, and sums in float32; `exponentiate` is for the products that are not, see
+`cgh.streaming`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,8 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from cgh.contexts import Banks, Contexts
+from cgh.streaming import Query, Term
+
 BLOCK = 4096
 """Logits that a program of `exponentiate` holds at a time."""
+
+TILE = 16
+"""Parts of the bank whose sums are put together at a time."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -131,50 +139,139 @@ _too_large: set[tuple[Any, ...]] = set()
 """Tilings that a first launch found not to fit: by them, device, widths, dtypes and options."""
 
 
-def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return `log sum_j exp(s_j)` and `sum_j softmax(s)_j target_j`, `(R,)` and `(R, E)`; None if no tiling fits.
+class TooLargeError(Exception):
+    """No tiling of the kernel fits: the embeddings are too wide for the GPU, or a bank is in float64."""
 
-    The logits are `s = query . bank - centre`.
+
+class Sums(NamedTuple):
+    """A relation of rows to a bank, over `P` parts of the bank."""
+
+    maximum: Tensor
+    """Largest logit times `LOG2E`, `(P, R)`."""
+    total: Tensor
+    """Sum of the exponentials, relative to that of the maximum, `(P, R)`."""
+    added: Tensor
+    """Sum of the rows by their exponentials, likewise, `(P, R, E)`."""
+
+
+def cross_entropies(
+    pairs: Sequence[tuple[str, str]],
+    students: Sequence[Query],
+    teachers: Sequence[Query],
+    memory: Banks,
+    products: torch.dtype,
+) -> list[Term]:
+    """`cgh.streaming.cross_entropies` with products in half precision, `products`.
+
+    Raises:
+        TooLargeError: no tiling of the kernel fits.
+    """
+    found = {}
+    with torch.cuda.device_of(students[0].embeddings):
+        converted = _converted([*students, *teachers], products)
+        guides = converted[len(students) :]
+        for student, learner in zip(students, converted, strict=False):
+            own = [guide for guide in guides if (learner.bank, guide.bank) in pairs]
+            for guide, term in zip(own, _cross_entropies(student.embeddings, learner, own, memory), strict=True):
+                found[learner.bank, guide.bank] = term
+    return [found[pair] for pair in pairs]
+
+
+def _cross_entropies(z: Tensor, learner: Query, guides: Sequence[Query], memory: Banks) -> Iterator[Term]:
+    """Yield the term of a learner, whose embeddings are `z` before they are converted, with each guide."""
+    z, bank = _readable(z), memory[learner.bank]
+    sums = relate(learner, bank, bank)
+    for guide in guides:
+        # Of one guide at a time: the sums are what takes memory.
+        other = relate(guide, memory[guide.bank], bank)
+        values, gradient = sums.total.new_empty(len(z)), sums.total.new_empty(z.shape)
+        _cross_entropy[(len(z),)](
+            z, *sums, *other, values, gradient, len(z), len(sums.total), len(guide.embeddings), len(other.total),
+            1 / learner.temperature, z.stride(0), WIDTH=z.shape[1], D=padded(z.shape[1]),
+            PARTS=power_of_2(len(sums.total)), OTHER_PARTS=power_of_2(len(other.total)), TILE=TILE, num_warps=4,
+        )  # fmt: skip
+        del other
+        yield values, gradient
+
+
+def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks, products: torch.dtype) -> list[Term]:
+    """`cgh.streaming.infonce` with products in half precision, `products`.
+
+    Raises:
+        TooLargeError: no tiling of the kernel fits.
+    """
+    terms = []
+    with torch.cuda.device_of(queries[0].embeddings):
+        for query, converted in zip(queries, _converted(queries, products), strict=True):
+            z, positive, bank = _readable(query.embeddings), _readable(positives[query.bank]), memory[query.bank]
+            sums = relate(converted, bank, bank)
+            values, gradient = sums.total.new_empty(len(z)), sums.total.new_empty(z.shape)
+            _infonce[(len(z),)](
+                z, positive, *sums, values, gradient, len(z), len(sums.total),
+                1 / query.temperature, z.stride(0), positive.stride(0),
+                WIDTH=z.shape[1], D=padded(z.shape[1]), PARTS=power_of_2(len(sums.total)), TILE=TILE, num_warps=4,
+            )  # fmt: skip
+            del sums
+            terms.append((values, gradient))
+    return terms
+
+
+def _converted(queries: Sequence[Query], products: torch.dtype) -> Sequence[Query]:
+    """Return queries with their embeddings in the dtype of the products, all converted by one launch.
+
+    Converted in the kernel of the relation, they would leave too few registers for its products.
+    """
+    given = [query.embeddings for query in queries]
+    if all(x.dtype == products for x in given):
+        return queries
+    converted = [x.new_empty(x.shape, dtype=products) for x in given]
+    torch._foreach_copy_(converted, given)
+    return [query._replace(embeddings=x) for query, x in zip(queries, converted, strict=True)]
+
+
+def relate(query: Query, bank: Tensor, target: Tensor) -> Sums:
+    """Return sums of `exp(s_j)` and of `exp(s_j) target_j`, with the logits `s = (z . bank - centre) / temperature`.
 
     Args:
-        query: `(R, D)` in half precision, in which products are computed; divided by the temperature.
+        query: `z` is `(R, D)`, in half precision, in which products are computed.
         bank: `(K, D)`, of any floating point dtype.
-        target: `(K, E)`, which may be the bank.
-        centre: `(K,)`, divided by the temperature.
+        target: `(K, E)`, likewise, which may be the bank.
+
+    Raises:
+        TooLargeError: no tiling of the kernel fits.
     """
-    (rows, width), (size, target_width) = query.shape, target.shape
     same = bank.data_ptr() == target.data_ptr() and bank.stride() == target.stride() and bank.shape == target.shape
-    query, bank, target = (x if x.stride(1) == 1 else x.contiguous() for x in (query, bank, target))
-    limit = limits(query.device)
+    z, bank, target = (_readable(x) for x in (query.embeddings, bank, target))
+    (rows, width), (size, target_width) = z.shape, target.shape
+    centred = query.centre is not None
+    limit = limits(z.device)
     for tiling in tilings(rows, width, target_width, same, max(bank.itemsize, target.itemsize), limit.shared):
-        key = (tiling, query.device, width, target_width, same, query.dtype, bank.dtype, target.dtype, centre is None)
+        key = (tiling, z.device, width, target_width, same, z.dtype, bank.dtype, target.dtype, centred)
         if key in _too_large:
             continue
         blocks, slices = divided(rows, tiling.rows), divided(target_width, tiling.columns)
         parts = max(1, limit.processors * (2 if max(width, target_width) <= 128 else 1) // (blocks * slices))
         part = divided(divided(size, parts), tiling.bank_rows) * tiling.bank_rows
         parts = divided(size, part)
-        maximum, total = query.new_empty(2, parts, rows, dtype=torch.float32)
-        sums = maximum.new_empty(parts, rows, target_width)
-        with torch.cuda.device_of(query):
-            try:
-                _relate[blocks, parts, slices](
-                    query, bank, target, centre, maximum, total, sums, rows, size, part,
-                    query.stride(0), bank.stride(0), target.stride(0),
-                    SAME=same, CENTRED=centre is not None,
-                    WIDTH=width, TARGET_WIDTH=target_width, D=padded(width), E=tiling.columns,
-                    ROWS=tiling.rows, BANK_ROWS=tiling.bank_rows, num_warps=tiling.warps, num_stages=tiling.stages,
-                )  # fmt: skip
-            except OutOfResources:
-                _too_large.add(key)
-                continue
-            logsumexp, mean = maximum.new_empty(rows), maximum.new_empty(rows, target_width)
-            _combine[(rows,)](
-                maximum, total, sums, logsumexp, mean, rows, parts,
-                WIDTH=target_width, D=padded(target_width), PARTS=power_of_2(parts), num_warps=4,
+        maximum, total = z.new_empty(2, parts, rows, dtype=torch.float32)
+        added = maximum.new_empty(parts, rows, target_width)
+        try:
+            _relate[blocks, parts, slices](
+                z, bank, target, query.centre, maximum, total, added, rows, size, part, 1 / query.temperature,
+                z.stride(0), bank.stride(0), target.stride(0), SAME=same, CENTRED=centred,
+                WIDTH=width, TARGET_WIDTH=target_width, D=padded(width), E=tiling.columns,
+                ROWS=tiling.rows, BANK_ROWS=tiling.bank_rows, num_warps=tiling.warps, num_stages=tiling.stages,
             )  # fmt: skip
-        return logsumexp, mean
-    return None
+        except OutOfResources:
+            _too_large.add(key)
+            continue
+        return Sums(maximum, total, added)
+    raise TooLargeError
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return `x` with its rows in one piece each."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 # Triton compiles from the source: it has no types, and takes none.
@@ -184,12 +281,13 @@ def relate(query: Tensor, bank: Tensor, target: Tensor, centre: Tensor | None) -
 
 @triton.jit
 def _relate(
-    query, bank, target, centre, maximum, total, sums, rows, size, part, query_stride, bank_stride, target_stride,
+    query, bank, target, centre, maximum, total, sums, rows, size, part, scale,
+    query_stride, bank_stride, target_stride,
     SAME: tl.constexpr, CENTRED: tl.constexpr,
     WIDTH: tl.constexpr, TARGET_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, BANK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program for some rows, a part of the bank, and a slice of the target's columns."""
+    """One program for some rows, a part of the bank, and a slice of the target's columns; scale is 1 / temperature."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < rows
     d = tl.arange(0, D)
@@ -209,9 +307,9 @@ def _relate(
             mask=there[:, None] & (d < WIDTH)[None, :],
             other=0.0,
         ).to(z.dtype)
-        logits = tl.dot(z, tl.trans(m)) * LOG2E
+        logits = tl.dot(z, tl.trans(m)) * (LOG2E * scale)
         if CENTRED:
-            logits -= LOG2E * tl.load(centre + column, mask=there, other=0.0)[None, :]
+            logits -= (LOG2E * scale) * tl.load(centre + column, mask=there, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(there[None, :], logits, float("-inf"))
         highest = tl.max(logits, axis=1)
         # At every tile: a branch would cost more, as products then do not run ahead.
@@ -243,12 +341,11 @@ def _relate(
 
 
 @triton.jit
-def _combine(
-    maximum, total, sums, logsumexp, mean, rows, parts,
-    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr,
+def _gathered(
+    maximum, total, sums, row, rows, parts,
+    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row: the sums over the parts of the bank, brought to one maximum."""
-    row = tl.program_id(0)
+    """The log-sum-exp and the mean row of one row: the sums over the parts of the bank, brought to one maximum."""
     part = tl.arange(0, PARTS)
     peaks = tl.load(maximum + part * rows + row, mask=part < parts, other=float("-inf"))
     peak = tl.max(peaks, axis=0)
@@ -256,12 +353,55 @@ def _combine(
     weight = tl.sum(weights * tl.exp2(peaks - peak), axis=0)
     d = tl.arange(0, D)
     added = tl.zeros([D], tl.float32)
-    for number in range(0, parts):
+    for start in range(0, parts, TILE):
+        number = start + tl.arange(0, TILE)
         place = number * rows + row
-        factor = tl.exp2(tl.load(maximum + place) - peak)
-        added += factor * tl.load(sums + place.to(tl.int64) * WIDTH + d, mask=d < WIDTH, other=0.0)
-    tl.store(logsumexp + row, (peak + tl.log2(weight)) / LOG2E)
-    tl.store(mean + row.to(tl.int64) * WIDTH + d, added / weight, mask=d < WIDTH)
+        factor = tl.exp2(tl.load(maximum + place, mask=number < parts, other=float("-inf")) - peak)
+        tile = tl.load(
+            sums + place[:, None].to(tl.int64) * WIDTH + d[None, :],
+            mask=(number < parts)[:, None] & (d < WIDTH)[None, :],
+            other=0.0,
+        )
+        added += tl.sum(factor[:, None] * tile, axis=0)
+    return (peak + tl.log2(weight)) / LOG2E, added / weight
+
+
+@triton.jit
+def _cross_entropy(
+    query, maximum, total, sums, other_maximum, other_total, other_sums, values, gradient,
+    rows, parts, other_rows, other_parts, scale, stride,
+    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, OTHER_PARTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program for each row of a learner, whose views lie one after the other; the other sums are the guide's."""
+    row = tl.program_id(0)
+    d = tl.arange(0, D)
+    z = tl.load(query + row.to(tl.int64) * stride + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+    logsumexp, mean = _gathered(maximum, total, sums, row, rows, parts, WIDTH, D, PARTS, TILE)
+    _, expected = _gathered(
+        other_maximum, other_total, other_sums, row % other_rows, other_rows, other_parts, WIDTH, D, OTHER_PARTS, TILE
+    )
+    tl.store(values + row, logsumexp - scale * tl.sum(z * expected, axis=0))
+    tl.store(gradient + row.to(tl.int64) * WIDTH + d, (mean - expected) * (scale / rows), mask=d < WIDTH)
+
+
+@triton.jit
+def _infonce(
+    query, positive, maximum, total, sums, values, gradient, rows, parts, scale, stride, positive_stride,
+    WIDTH: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program for each row."""
+    row = tl.program_id(0)
+    d = tl.arange(0, D)
+    z = tl.load(query + row.to(tl.int64) * stride + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+    t = tl.load(positive + row.to(tl.int64) * positive_stride + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+    logsumexp, mean = _gathered(maximum, total, sums, row, rows, parts, WIDTH, D, PARTS, TILE)
+    margin = scale * tl.sum(z * t, axis=0) - logsumexp
+    y = tl.exp(-tl.abs(margin))
+    # log(1 + y), of which float32 has no digit left where y is small.
+    softplus = tl.where(y < 1e-3, y * (1 - y / 2), tl.log(1 + y))
+    tl.store(values + row, tl.maximum(-margin, 0.0) + softplus)
+    share = tl.where(margin > 0, y, 1.0) / (1 + y) * (scale / rows)  # sigmoid(-margin)
+    tl.store(gradient + row.to(tl.int64) * WIDTH + d, share * (mean - t), mask=d < WIDTH)
 
 
 def exponentiate(logits: Tensor, maximum: Tensor, total: Tensor, shrink: Tensor) -> None:

@@ -8,11 +8,9 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cgh import kept
 from cgh.centring import Centring
 from cgh.contexts import (
     Banks,
@@ -26,7 +24,9 @@ from cgh.contexts import (
     check_temperature,
     check_values,
 )
-from cgh.streaming import Query, Term, attach, stream
+from cgh.kept import keeps
+from cgh.streaming import Query, attach
+from cgh.terms import cross_entropies, infonce
 
 STUDENT_TEMPERATURE = {"global": 0.10, "hypercolumn": 0.08}
 TEACHER_TEMPERATURE = {"global": 0.04, "hypercolumn": 0.08}
@@ -136,21 +136,18 @@ class CrossContextLoss(nn.Module):
         """`terms` of what has been checked."""
         learners, guides = _unique(pairs)
         rows = {name: _stacked([view[name] for view in (z, *local_views) if name in view]) for name in learners}
-        students = [
-            Query(x, name, _temperature(self.student_temperature, name), averages=[name]) for name, x in rows.items()
-        ]
+        students = [Query(x, name, _temperature(self.student_temperature, name)) for name, x in rows.items()]
+        centring = self.centring
         teachers = [
             Query(
                 t[name],
                 name,
                 _temperature(self.teacher_temperature, name),
-                averages=[learner for learner, guide in pairs if guide == name],
-                centre=None if self.centring is None else self.centring[name],
+                centre=None if centring is None else centring[name],
             )
             for name in guides
         ]
-        find = kept.cross_entropies if kept.keeps([*students, *teachers], memory) else _cross_entropies
-        values, gradients = zip(*find(pairs, students, teachers, memory), strict=True)
+        values, gradients = zip(*cross_entropies(pairs, students, teachers, memory), strict=True)
         return dict(zip(pairs, attach(values, [rows[learner] for learner, _ in pairs], gradients), strict=True))
 
     @override
@@ -223,62 +220,18 @@ class InfoNCELoss(nn.Module):
         check_contexts(z, "student")
         check_same_contexts(z, t)
         check_batch(z, t, memory, list(z), list(z))
-        queries = [Query(x, name, self.temperature, averages=[name]) for name, x in z.items()]
-        held = kept.keeps(queries, memory)
-        values, gradients = zip(*(kept.infonce if held else _infonce)(queries, t, memory), strict=True)
+        queries = [Query(x, name, self.temperature) for name, x in z.items()]
+        values, gradients = zip(*infonce(queries, t, memory), strict=True)
+        terms = attach(values, list(z.values()), gradients)
         # A positive that is infinite makes the sigmoid 1, and a loss of zero.
-        if not held or not are_finite(values):
+        if not keeps(queries, memory) or not are_finite(terms):
             check_values(z, "student")
             check_values(t, "teacher")
-        return reduce(torch.add, attach(values, list(z.values()), gradients))
+        return reduce(torch.add, terms)
 
     @override
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
-
-
-def _cross_entropies(
-    pairs: Sequence[tuple[str, str]], students: Sequence[Query], teachers: Sequence[Query], memory: Banks
-) -> list[Term]:
-    """Return by pair `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, from one pass over the memory.
-
-    Args:
-        pairs: (learner, guide), names of the banks of a student and of a teacher.
-        students: of each learner, embeddings `(V * N, D)`, one view after the other, with their own mean rows.
-        teachers: of each guide, embeddings `(N, E)`, with the learners' mean rows.
-        memory: banks `(K, D)` and `(K, E)`.
-    """
-    relations = stream(memory, [*students, *teachers])
-    student = {
-        query.bank: (query, relation) for query, relation in zip(students, relations[: len(students)], strict=True)
-    }
-    expected = {
-        (learner, query.bank): mean
-        for query, relation in zip(teachers, relations[len(students) :], strict=True)
-        for learner, mean in relation.means.items()
-    }
-    terms = []
-    for pair in pairs:
-        query, relation = student[pair[0]]
-        views = relation.rows.unflatten(0, (-1, len(expected[pair])))
-        value = (relation.logsumexp.view(len(views), -1) - torch.sum(views * expected[pair], dim=-1)).mean()
-        gradient = (relation.means[query.bank].view_as(views) - expected[pair]).flatten(0, 1)
-        terms.append((value, gradient / (query.temperature * len(gradient))))
-    return terms
-
-
-def _infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
-    """Return InfoNCE of each context, from one pass over the memory.
-
-    The softmax over the positive and the memory, at the positive, is a sigmoid.
-    """
-    terms = []
-    for query, relation in zip(queries, stream(memory, queries), strict=True):
-        positive = positives[query.bank].detach().to(relation.rows.dtype)
-        margins = torch.sum(relation.rows * positive, dim=1) - relation.logsumexp
-        share = torch.sigmoid(-margins) / (query.temperature * len(margins))
-        terms.append((-F.logsigmoid(margins).mean(), share.unsqueeze(1) * (relation.means[query.bank] - positive)))
-    return terms
 
 
 def _stacked(views: Sequence[Tensor]) -> Tensor:

@@ -21,10 +21,11 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from cgh.contexts import Banks
+from cgh.contexts import Banks, Contexts
 
 BUFFER = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 """Logits of all queries that are held at a time: on a CPU 8 MB of float32, which stay in its cache; on CUDA more, so
@@ -62,8 +63,6 @@ class Query(NamedTuple):
     bank: str
     """The name of the bank that they are compared with."""
     temperature: float
-    averages: Sequence[str] = ()
-    """Names of the banks whose mean row under the relation is wanted; row `j` of each belongs to the same image."""
     centre: Tensor | None = None
     """`(K,)`, taken off the similarities."""
 
@@ -80,7 +79,7 @@ class Relation(NamedTuple):
 
 
 Term: TypeAlias = tuple[Tensor, Tensor]
-"""A part of a loss, a scalar, and its gradient with respect to the rows of a query."""
+"""A part of a loss: values of which it is the mean, and its gradient with respect to the rows of a query."""
 
 
 def backend(x: Tensor) -> Literal["torch", "triton"]:
@@ -93,9 +92,7 @@ def backend(x: Tensor) -> Literal["torch", "triton"]:
         >>> backend(torch.randn(4, 8))
         'torch'
     """
-    # A compiler for CUDA, which has kernels of Triton itself, takes no call of its driver into a graph.
-    kernels = x.is_cuda and (HAS_TRITON if torch.compiler.is_compiling() else has_kernels(x.device))
-    return "triton" if kernels and x.dtype != torch.float64 else "torch"
+    return "triton" if x.dtype != torch.float64 and has_kernels(x.device) else "torch"
 
 
 def common_dtype(queries: Sequence[Query]) -> torch.dtype:
@@ -103,181 +100,143 @@ def common_dtype(queries: Sequence[Query]) -> torch.dtype:
     return reduce(torch.promote_types, (query.embeddings.dtype for query in queries), torch.float32)
 
 
-def stream(memory: Banks, queries: Sequence[Query]) -> list[Relation]:
-    """Return every query's relation, from one pass over the banks.
+def cross_entropies(
+    pairs: Sequence[tuple[str, str]], students: Sequence[Query], teachers: Sequence[Query], memory: Banks
+) -> list[Term]:
+    """Return by pair `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, from one pass over the memory.
 
-    Sums are at least float32, whatever the embeddings and the banks hold, and so are products in plain torch; with
-    Triton (see `backend`), products are in autocast's dtype, or in that of embeddings in half precision.
+    Args:
+        pairs: (learner, guide), names of the banks of a student and of a teacher.
+        students: of each learner, embeddings `(V * N, D)`, one view after the other.
+        teachers: of each guide, embeddings `(N, E)`.
+        memory: banks `(K, D)` and `(K, E)`.
+
+    Example:
+        >>> import torch
+        >>> from cgh.streaming import Query, cross_entropies
+        >>> student, teacher = (Query(torch.randn(4, 6), "global", temperature) for temperature in (0.1, 0.04))
+        >>> pairs, memory = [("global", "global")], {"global": torch.randn(100, 6)}
+        >>> [(values, gradient)] = cross_entropies(pairs, [student], [teacher], memory)
+        >>> values.shape, gradient.shape
+        (torch.Size([4]), torch.Size([4, 6]))
+    """
+    averages = [
+        *([query.bank] for query in students),
+        *([learner for learner, guide in pairs if guide == query.bank] for query in teachers),
+    ]
+    relations = stream(memory, [*students, *teachers], averages)
+    learners = {query.bank: (query, relation) for query, relation in zip(students, relations, strict=False)}
+    guides = {query.bank: relation for query, relation in zip(teachers, relations[len(students) :], strict=True)}
+    terms = []
+    for learner, guide in pairs:
+        query, relation = learners[learner]
+        expected = guides[guide].means[learner]
+        views = relation.rows.unflatten(0, (-1, len(expected)))
+        values = relation.logsumexp - torch.sum(views * expected, dim=-1).flatten()
+        gradient = (relation.means[learner].view_as(views) - expected).flatten(0, 1)
+        terms.append((values, gradient / (query.temperature * len(gradient))))
+    return terms
+
+
+def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
+    """Return MoCo's loss of each context, from one pass over the memory.
+
+    The softmax over the positive and the memory, at the positive, is a sigmoid.
+
+    Args:
+        queries: of each context, the student's embeddings `(N, D)`.
+        positives: the teacher's `(N, D)`.
+        memory: banks `(K, D)`.
+
+    Example:
+        >>> import torch
+        >>> from cgh.streaming import Query, infonce
+        >>> z, t, bank = ({"global": torch.randn(rows, 6)} for rows in (4, 4, 100))
+        >>> [(values, gradient)] = infonce([Query(z["global"], "global", 0.2)], t, bank)
+        >>> values.shape, gradient.shape
+        (torch.Size([4]), torch.Size([4, 6]))
+    """
+    terms = []
+    for query, relation in zip(queries, stream(memory, queries, [[query.bank] for query in queries]), strict=True):
+        positive = positives[query.bank].to(relation.rows.dtype)
+        margins = torch.sum(relation.rows * positive, dim=1) - relation.logsumexp
+        share = torch.sigmoid(-margins) / (query.temperature * len(margins))
+        terms.append((-F.logsigmoid(margins), share.unsqueeze(1) * (relation.means[query.bank] - positive)))
+    return terms
+
+
+def stream(memory: Banks, queries: Sequence[Query], averages: Sequence[Sequence[str]]) -> list[Relation]:
+    """Return every query's relation, from one pass over the banks, chunk by chunk.
+
+    Products and sums are in the dtype of the embeddings, at least float32, whatever the banks hold.
 
     Args:
         memory: banks `(K, D)` of one length, of any floating point dtype.
         queries: at least one.
+        averages: of each query, the names of the banks whose mean row under its relation is wanted; row `j` of each
+            belongs to the same image.
 
     Example:
         >>> import torch
         >>> from cgh.streaming import Query, stream
         >>> z, bank = torch.randn(4, 8), torch.randn(100, 8)
-        >>> [relation] = stream({"global": bank}, [Query(z, "global", temperature=0.5, averages=["global"])])
+        >>> [relation] = stream({"global": bank}, [Query(z, "global", temperature=0.5)], [["global"]])
         >>> p = torch.softmax(z @ bank.T / 0.5, dim=1)
         >>> torch.allclose(relation.means["global"], p @ bank, atol=1e-5)
         True
     """
     dtype = common_dtype(queries)
-    rows = [query.embeddings.detach().to(dtype) / query.temperature for query in queries]
-    names = list(dict.fromkeys(name for query in queries for name in (query.bank, *query.averages)))
-    wanted = list(dict.fromkeys((number, name) for number, query in enumerate(queries) for name in query.averages))
-    how = backend(rows[0])
-    products = dtype
-    if how == "triton":
-        given = reduce(torch.promote_types, (query.embeddings.dtype for query in queries))
-        products = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given
-    # The operator's own way takes longer than all kernels of a small loss.
-    compute = _stream if torch.compiler.is_compiling() else _relations
-    results = compute(
-        rows,
-        [memory[name].detach() for name in names],
-        [None if query.centre is None else query.centre.detach() / query.temperature for query in queries],
-        [names.index(query.bank) for query in queries],
-        [number for number, _ in wanted],
-        [names.index(name) for _, name in wanted],
-        how,
-        products,
-    )
-    logsumexps, means = results[: len(queries)], dict(zip(wanted, results[len(queries) :], strict=True))
-    return [
-        Relation(rows[number], logsumexps[number], {name: means[number, name] for name in query.averages})
-        for number, query in enumerate(queries)
-    ]
-
-
-def _relations(
-    queries: Sequence[Tensor],
-    banks: Sequence[Tensor],
-    centres: Sequence[Tensor | None],
-    reads: Sequence[int],
-    sources: Sequence[int],
-    targets: Sequence[int],
-    how: str,
-    products: torch.dtype,
-) -> list[Tensor]:
-    """Return the log-sum-exp of every query, then the means of `banks[target]` under `queries[source]`.
-
-    Query `i` is compared with `banks[reads[i]]`. `how` is a `backend`; `products` is the dtype of the matrix products.
-    """
-    if how == "triton" and products.itemsize == 2:
-        found = _fused(queries, banks, centres, reads, sources, targets, products)
-        if found is not None:
-            return found
-    return _chunked(queries, banks, centres, reads, sources, targets, how)
-
-
-# An operator of its own, so that torch.compile takes the loop over the chunks as one call and does not unroll it.
-_stream = torch.library.custom_op(
-    "cgh::stream",
-    _relations,
-    mutates_args=(),
-    schema="(Tensor[] queries, Tensor[] banks, Tensor?[] centres, int[] reads, int[] sources, int[] targets, "
-    "str how, ScalarType products) -> Tensor[]",
-)
-
-
-@_stream.register_fake
-def _(
-    queries: Sequence[Tensor],
-    banks: Sequence[Tensor],
-    centres: Sequence[Tensor | None],
-    reads: Sequence[int],
-    sources: Sequence[int],
-    targets: Sequence[int],
-    how: str,
-    products: torch.dtype,
-) -> list[Tensor]:
-    return [query.new_empty(len(query)) for query in queries] + [
-        queries[s].new_empty(len(queries[s]), banks[t].shape[1]) for s, t in zip(sources, targets, strict=True)
-    ]
-
-
-def _fused(
-    queries: Sequence[Tensor],
-    banks: Sequence[Tensor],
-    centres: Sequence[Tensor | None],
-    reads: Sequence[int],
-    sources: Sequence[int],
-    targets: Sequence[int],
-    products: torch.dtype,
-) -> list[Tensor] | None:
-    """Return what `_stream` does, by a kernel for each relation; None if a query is too wide for it."""
-    from cgh import kernels
-
-    rows = [query.to(products) for query in queries]
-    logsumexps, means = dict[int, Tensor](), dict[tuple[int, int], Tensor]()
-    # A query whose mean row nobody wants is averaged over its own bank all the same.
-    for source, target in (
-        *zip(sources, targets, strict=True),
-        *((number, read) for number, read in enumerate(reads) if number not in sources),
-    ):
-        found = kernels.relate(rows[source], banks[reads[source]], banks[target], centres[source])
-        if found is None:
-            return None
-        logsumexps[source], means[source, target] = found
-    return [logsumexps[number] for number in range(len(queries))] + [
-        means[pair] for pair in zip(sources, targets, strict=True)
-    ]
-
-
-def _chunked(
-    queries: Sequence[Tensor],
-    banks: Sequence[Tensor],
-    centres: Sequence[Tensor | None],
-    reads: Sequence[int],
-    sources: Sequence[int],
-    targets: Sequence[int],
-    how: str,
-) -> list[Tensor]:
-    """Return what `_stream` does, chunk by chunk, with products in the dtype of the queries."""
-    step = exponentiate
+    scaled = [query.embeddings.to(dtype) / query.temperature for query in queries]
+    device, how, step = scaled[0].device, backend(scaled[0]), exponentiate
     if how == "triton":
         from cgh import kernels
 
         step = kernels.exponentiate
+    centres = [None if query.centre is None else query.centre / query.temperature for query in queries]
+    banks = {
+        name: memory[name] for query, names in zip(queries, averages, strict=True) for name in (query.bank, *names)
+    }
     # The rows that read one bank lie side by side, so that one product with it gives the logits of them all.
-    readers = [[number for number, read in enumerate(reads) if read == bank] for bank in range(len(banks))]
-    order = [number for numbers in readers for number in numbers]
-    ends = list(accumulate(len(queries[number]) for number in order))
-    spans = {number: slice(end - len(queries[number]), end) for number, end in zip(order, ends, strict=True)}
+    readers = {name: [number for number, query in enumerate(queries) if query.bank == name] for name in banks}
+    order = [number for numbers in readers.values() for number in numbers]
+    ends = list(accumulate(len(scaled[number]) for number in order))
+    spans = {number: slice(end - len(scaled[number]), end) for number, end in zip(order, ends, strict=True)}
     blocks = [
-        (bank, slice(spans[numbers[0]].start, spans[numbers[-1]].stop), torch.cat([queries[n] for n in numbers]))
-        for bank, numbers in enumerate(readers)
+        (name, slice(spans[numbers[0]].start, spans[numbers[-1]].stop), torch.cat([scaled[n] for n in numbers]))
+        for name, numbers in readers.items()
         if numbers
     ]
-    size, device, dtype = len(banks[0]), queries[0].device.type, queries[0].dtype
-    chunk = min(size, chunk_rows(ends[-1], device))
-    buffer = queries[0].new_empty(ends[-1] * chunk)
-    maximum = queries[0].new_full((ends[-1], 1), -torch.inf)
+    size = len(next(iter(banks.values())))
+    chunk = min(size, chunk_rows(ends[-1], device.type))
+    buffer = scaled[0].new_empty(ends[-1] * chunk)
+    maximum = scaled[0].new_full((ends[-1], 1), -torch.inf)
     total, shrink = torch.zeros_like(maximum), torch.empty_like(maximum)
     # The sums of a query stand side by side, and those of all queries in one tensor, to be rescaled in one go.
-    places, widths = [], [0] * len(queries)
-    for source, target in zip(sources, targets, strict=True):
-        start, widths[source] = widths[source], widths[source] + banks[target].shape[1]
-        places.append((spans[source], slice(start, widths[source])))
-    sums = queries[0].new_zeros(ends[-1], max(widths))
+    places = dict[tuple[int, str], tuple[slice, slice]]()
+    for number, names in enumerate(averages):
+        stop = 0
+        for name in names:
+            start, stop = stop, stop + banks[name].shape[1]
+            places[number, name] = spans[number], slice(start, stop)
+    sums = scaled[0].new_zeros(ends[-1], max(columns.stop for _, columns in places.values()))
     # Lengths are compared on the host, which must not wait for a GPU.
-    small = how == "torch" and device == "cpu"
+    small = how == "torch" and device.type == "cpu"
 
     for start in range(0, size, chunk):
-        rows = [bank[start : start + chunk].to(dtype) for bank in banks]
+        rows = {name: bank[start : start + chunk].to(dtype) for name, bank in banks.items()}
         shifts = [None if centre is None else centre[start : start + chunk] for centre in centres]
-        weights = buffer[: ends[-1] * len(rows[0])].view(ends[-1], -1)
+        width = min(chunk, size - start)
+        weights = buffer[: ends[-1] * width].view(ends[-1], width)
         small = small and all(
-            _largest(stacked, rows[bank], [shifts[number] for number in readers[bank]]) <= LARGEST
-            for bank, _, stacked in blocks
+            _largest(stacked, rows[name], [shifts[number] for number in readers[name]]) <= LARGEST
+            for name, _, stacked in blocks
         )
         if start == 0 and small:
             maximum.zero_()
-        for bank, span, stacked in blocks:
+        for name, span, stacked in blocks:
             logits = weights[span]
-            torch.mm(stacked, rows[bank].T, out=logits)
-            for number in readers[bank]:
+            torch.mm(stacked, rows[name].T, out=logits)
+            for number in readers[name]:
                 if (shift := shifts[number]) is not None:
                     weights[spans[number]] -= shift
             if small:
@@ -286,14 +245,15 @@ def _chunked(
                 step(logits, maximum[span], total[span], shrink[span])
         if not small:
             sums *= shrink
-        for target, place in zip(targets, places, strict=True):
-            sums[place].addmm_(weights[place[0]], rows[target])
+        for (_, name), place in places.items():
+            sums[place].addmm_(weights[place[0]], rows[name])
         del rows  # before the next are converted: one chunk of the banks at a time
 
     logsumexp = (maximum + total.log()).squeeze(1)
     sums /= total
-    return [logsumexp[spans[number]].clone() for number in range(len(queries))] + [
-        sums[place].clone(memory_format=torch.contiguous_format) for place in places
+    return [
+        Relation(scaled[number], logsumexp[spans[number]], {name: sums[places[number, name]] for name in names})
+        for number, names in enumerate(averages)
     ]
 
 
@@ -331,7 +291,7 @@ def _largest(rows: Tensor, bank: Tensor, shifts: Sequence[Tensor | None]) -> flo
 
 
 def attach(values: Sequence[Tensor], rows: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return scalars with their gradients, each with respect to the rows `(R, D)` at its place.
+    """Return the means of values with their gradients, each with respect to the rows `(R, D)` at its place.
 
     They can be differentiated once.
 
@@ -339,22 +299,23 @@ def attach(values: Sequence[Tensor], rows: Sequence[Tensor], gradients: Sequence
         >>> import torch
         >>> from cgh.streaming import attach
         >>> rows = torch.ones(2, 3, requires_grad=True)
-        >>> [attached] = attach([torch.tensor(5.0)], [rows], [torch.full((2, 3), 4.0)])
+        >>> [attached] = attach([torch.tensor([4.0, 6.0])], [rows], [torch.full((2, 3), 4.0)])
+        >>> attached
+        tensor(5., grad_fn=<_AttachBackward>)
         >>> attached.backward()
         >>> rows.grad[0]
         tensor([4., 4., 4.])
     """
-    rows = [x.to(gradient.dtype) for x, gradient in zip(rows, gradients, strict=True)]
     attached: tuple[Tensor, ...] = _Attach.apply(*values, *rows, *gradients)
     return attached
 
 
 class _Attach(torch.autograd.Function):
-    """Values with gradients that were computed along with them."""
+    """Means with gradients that were computed along with the values."""
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.clone() for value in inputs[: len(inputs) // 3])
+        return tuple(values.mean() for values in inputs[: len(inputs) // 3])
 
     @staticmethod
     @override
@@ -362,11 +323,15 @@ class _Attach(torch.autograd.Function):
         count = len(output)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[count : 2 * count])
+        ctx.dtypes = [x.dtype for x in inputs[count : 2 * count]]
         ctx.gradients = inputs[2 * count :]  # not saved as the rows are, which would go with the first value's backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = [None if grad is None else grad * gradient for grad, gradient in zip(grads, ctx.gradients, strict=True)]
+        found = [
+            None if grad is None else (grad * gradient).to(dtype)
+            for grad, gradient, dtype in zip(grads, ctx.gradients, ctx.dtypes, strict=True)
+        ]
         # Applying a function costs more than a small product: only where the gradient is recorded.
         if torch.is_grad_enabled():
             found = [x if x is None else _Once.apply(x, rows) for x, rows in zip(found, ctx.saved_tensors, strict=True)]

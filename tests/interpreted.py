@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +14,14 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from typing_extensions import override
 
 import cgh
 from cgh import colour_kernels, colours, crop_kernels, kept, kernels, streaming, views
 from cgh.relation import infonce_term
+from cgh.streaming import Query
 from tests.test_streaming import gradients, inputs, mean, readable
 
 HALF = [torch.bfloat16, torch.float16]
@@ -46,15 +53,21 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds bfloat16 as integers, and would multiply those."""
-    multiply = InterpreterBuilder.create_dot
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter holds bfloat16 as integers, would multiply those, and cuts off where a GPU rounds."""
+    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widened(x: TensorHandle) -> TensorHandle:
         if x.dtype.scalar != tl.bfloat16:
             return x
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
+    def rounded(self: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        return TensorHandle(torch.from_numpy(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
     monkeypatch.setattr(
         InterpreterBuilder,
         "create_dot",
@@ -82,55 +95,105 @@ def test_a_relation_is_that_of_the_whole_matrix(
     rows: int, size: int, dim: int, target_dim: int, bank_dtype: torch.dtype, centred: bool, products: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    query = unit(rows, dim) / 0.05
-    # Rounded beforehand: the interpreter converts to bfloat16 by cutting off, a GPU rounds.
-    bank, target = (unit(size, width).to(products).to(bank_dtype) for width in (dim, target_dim))
-    centre = 5 * torch.randn(size) if centred else None
-    logits = query.to(products).double() @ bank.to(products).double().T - (centre if centred else 0)
+    z = unit(rows, dim)
+    bank, target = (unit(size, width).to(bank_dtype) for width in (dim, target_dim))
+    centre = torch.randn(size) / 4 if centred else None
+    logits = z.to(products).double() @ bank.to(products).double().T / 0.05
+    if centre is not None:
+        logits -= centre / 0.05
     for wanted in (target, bank):
-        found = kernels.relate(query.to(products), bank, wanted, centre)
-        assert found is not None
-        torch.testing.assert_close(found[0].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-4)
+        query = Query(z.to(products), "global", 0.05, centre)
+        logsumexp, mean = together(kernels.relate(query, bank, wanted))
+        torch.testing.assert_close(logsumexp, logits.logsumexp(1), rtol=1e-5, atol=1e-4)
         expected = logits.softmax(1) @ wanted.to(products).double()
-        assert torch.linalg.norm(found[1] - expected) < 5e-3 * torch.linalg.norm(expected)
+        assert torch.linalg.norm(mean - expected) < 5e-3 * torch.linalg.norm(expected)
+
+
+def together(sums: kernels.Sums) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row, and its mean row."""
+    maximum, total, added = (x.double() * factor for x, factor in zip(sums, (math.log(2), 1, 1), strict=True))
+    logsumexp = (maximum + total.log()).logsumexp(0)
+    return logsumexp, torch.sum(added * torch.exp(maximum - logsumexp).unsqueeze(2), dim=0)
 
 
 def test_logits_that_grow_along_the_bank() -> None:
     torch.manual_seed(0)
-    query = (unit(4, 32) / 0.04).bfloat16()
+    z = unit(4, 32).bfloat16()
     bank = (unit(400, 32) * torch.logspace(-2, 2, 400).unsqueeze(1)).bfloat16()
-    logits = query.double() @ bank.double().T
-    found = kernels.relate(query, bank, bank, None)
-    assert found is not None
-    torch.testing.assert_close(found[0].double(), logits.logsumexp(1), rtol=1e-6, atol=1e-5)
+    logits = 16 * z.double() @ bank.double().T
+    logsumexp, _ = together(kernels.relate(Query(z, "global", 1 / 16), bank, bank))
+    torch.testing.assert_close(logsumexp, logits.logsumexp(1), rtol=1e-6, atol=1e-5)
 
 
-def test_what_the_kernel_does_not_take_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+def test_what_the_kernel_does_not_take_is_computed_in_chunks(
+    criterion: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     z, t, memory = inputs(dtype=torch.bfloat16, size=501)
-    fused = cgh.CrossContextLoss()(z, t, memory)
-    assert kernels.relate(z["global"], memory["global"].double(), memory["global"].double(), None) is None
+    fused = criterion(z, t, memory)
+    query = Query(z["global"], "global", 0.1)
+    with pytest.raises(kernels.TooLargeError):
+        kernels.relate(query, memory["global"].double(), memory["global"].double())
     monkeypatch.setattr(kernels, "tilings", lambda *_: [])
-    assert kernels.relate(z["global"], memory["global"], memory["global"], None) is None
-    torch.testing.assert_close(cgh.CrossContextLoss()(z, t, memory), fused, rtol=1e-2, atol=0)
+    with pytest.raises(kernels.TooLargeError):
+        kernels.relate(query, memory["global"], memory["global"])
+    torch.testing.assert_close(criterion(z, t, memory), fused, rtol=1e-2, atol=0)
 
 
-def test_a_step_launches_two_kernels_a_relation(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
-    for name in ("_relate", "_combine"):
-        kernel = getattr(kernels, name)
+class Launches(TorchDispatchMode):
+    """The names of what a GPU would launch, of which our kernels are not run."""
 
-        class Counted:
-            def __getitem__(self, grid: object, kernel: object = kernel, name: str = name) -> object:
-                launches.append(name)
-                return kernel[grid]  # type: ignore[index]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names = list[str]()
+        for name in ("_relate", "_cross_entropy", "_infonce"):
+            monkeypatch.setattr(kernels, name, defaultdict(lambda name=name: partial(self.launch, name)))
 
-        monkeypatch.setattr(kernels, name, Counted())
-    z, t, memory = inputs(dtype=torch.bfloat16, size=2000)
-    cgh.CrossContextLoss()(z, t, memory).backward()
-    assert launches == ["_relate", "_combine"] * 4
-    launches.clear()
-    cgh.InfoNCELoss()(z, t, memory).backward()
-    assert launches == ["_relate", "_combine"] * 2
+    def launch(self, name: str, *_: object, **__: object) -> None:
+        self.names.append(name)
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("alias", "detach", "expand", "new_empty", "unbind", "view"):
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_launches_a_handful_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither looks at what is on a GPU.
+    monkeypatch.setattr("cgh.losses.are_finite", lambda _: True)
+    monkeypatch.setattr("cgh.losses.check_values", lambda *_: None)
+    monkeypatch.setattr("cgh.terms._products", lambda _: torch.bfloat16)
+    z, t, memory = inputs(dtype=torch.float32, size=2000)
+    with Launches(monkeypatch) as launched:
+        torch.autograd.grad(cgh.CrossContextLoss()(z, t, memory), list(z.values()))
+    assert launched.names == [
+        "_foreach_copy_",
+        *["_relate", "_relate", "_cross_entropy"] * 2,
+        *("mean", "mean", "add", "div"),
+        *("ones_like", "div", "mul", "mul"),
+    ]
+    launched.names.clear()
+    with launched:
+        torch.autograd.grad(cgh.InfoNCELoss()(z, t, memory), list(z.values()))
+    assert launched.names == [
+        "_foreach_copy_",
+        *["_relate", "_infonce"] * 2,
+        *("mean", "mean", "add"),
+        *("ones_like", "mul", "mul"),
+    ]
+
+
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+def test_transforms_and_compilation(criterion: torch.nn.Module) -> None:
+    z, t, memory = inputs(dtype=torch.bfloat16, size=300)
+    expected = gradients(criterion(z, t, memory), z)
+    rows = {name: x.detach() for name, x in z.items()}
+    found = torch.func.grad(lambda z: criterion(z, t, memory))(rows)
+    torch.testing.assert_close(list(found.values()), expected)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(compiled(z, t, memory), z), expected)
 
 
 def test_float32_losses() -> None:
@@ -182,6 +245,32 @@ def test_half_precision_is_no_further_from_float64_than_the_readable_version(dty
         )
     )
     no_further(ours, theirs, expected, z, exact_z)
+
+
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+@pytest.mark.parametrize("dtype", HALF)
+def test_banks_in_the_dtype_of_the_products_give_the_same_bits(criterion: torch.nn.Module, dtype: torch.dtype) -> None:
+    z, t, memory = inputs(batch=8, size=300, dtype=dtype, bank_dtype=torch.float32)
+    rounded = {name: bank.to(dtype) for name, bank in memory.items()}
+    loss, expected = criterion(z, t, rounded), criterion(z, t, memory)
+    assert torch.equal(loss, expected)
+    assert all(map(torch.equal, gradients(loss, z), gradients(expected, z)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infonce_of_a_positive_that_is_sure(sign: int) -> None:
+    """Of which almost nothing is left of the loss, or of the softmax."""
+    z, _, memory = inputs(batch=16, size=50, dtype=torch.bfloat16)
+    t = {name: sign * x.detach() for name, x in z.items()}
+    exact_z, exact_t, exact_memory = (
+        {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in contexts.items()}
+        for contexts in (z, t, memory)
+    )
+    loss = cgh.InfoNCELoss(0.03)(z, t, memory)
+    expected = torch.stack([infonce_term(exact_z[n], exact_t[n], exact_memory[n], 0.03) for n in z]).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for found, truth in zip(gradients(loss, z), gradients(expected, exact_z), strict=True):
+        assert torch.linalg.norm(found - truth) <= 1e-2 * torch.linalg.norm(truth)
 
 
 def test_half_precision_with_local_views_centring_and_more_pairs() -> None:

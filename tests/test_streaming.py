@@ -287,6 +287,7 @@ def test_a_second_derivative_is_refused(criterion: nn.Module) -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
 def test_torch_func(criterion: nn.Module) -> None:
     z, t, memory = inputs()
@@ -320,7 +321,7 @@ def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo", "chunk")
 def test_a_compiled_step_is_the_eager_one() -> None:
     torch.manual_seed(0)
     step, x = Step(), torch.randn(6, 4)

@@ -141,7 +141,8 @@ class Recipe:
     nesterov: bool = False
     """SGD's momentum of Nesterov's kind."""
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    """What autocast computes the networks in; auto is bf16 on a GPU that has it, else float32; fp16 scales the loss."""
+    """What autocast computes in, and the banks on a GPU are in; auto is bf16 on a GPU that has it, else float32; fp16
+    scales the loss."""
     init: Path | None = None
     """Start the backbone with these weights: a run's checkpoint, the reference's, torchvision's or timm's."""
     resume_from: Path | None = None
@@ -211,6 +212,8 @@ class Pretraining:
         infonce_steps = round(config.infonce_epochs * self.per_epoch)
         self.model, self.method = build_model(config, infonce_steps, self.steps)
         self.model.to(self.device)
+        if self.device.type == "cuda":  # where products are in that precision all the same, and half as much is read
+            self.model.memory.to(PRECISIONS[config.precision] or torch.float32)
         self.losses = Losses(self.method.pairs)
         self.optimizer = build_optimizer(self.model, config)
         self.shares = [group["lr"] / (config.lr or 1.0) for group in self.optimizer.param_groups]

@@ -356,6 +356,8 @@ def test_no_step_waits_for_the_gpu(precision: str, pretrain: ModuleType, root: P
     arguments = [*SMALL, "--root", str(root), "--folder", str(tmp_path), "--device=cuda", f"--precision={precision}"]
     training = pretrain.Pretraining(pretrain.parse_arguments([*arguments, "--no-compile", "--log-steps=1000"]))
     try:
+        memory = training.model.memory
+        assert {memory[name].dtype for name in memory} == {pretrain.PRECISIONS[precision]}
         for number, (crops, _) in enumerate(training.batches.epoch(0)):
             if number == 3:  # once all is loaded that is loaded on first use
                 torch.cuda.set_sync_debug_mode("error")
