@@ -55,7 +55,7 @@ def cross_entropies(
     """
     dtype = common_dtype([*students, *teachers])
     found = {}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):
         banks = {query.bank: memory[query.bank].to(dtype) for query in (*students, *teachers)}
         targets = {query.bank: _target(query, query.embeddings.to(dtype), banks[query.bank]) for query in teachers}
         for query in students:
@@ -109,7 +109,7 @@ def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> lis
         (torch.Size([]), torch.Size([4, 6]))
     """
     dtype = common_dtype(queries)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):
         return [
             _against_positives(
                 query.embeddings.to(dtype),

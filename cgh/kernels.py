@@ -168,18 +168,18 @@ def cross_entropies(
     """
     found = {}
     with torch.cuda.device_of(students[0].embeddings):
-        converted = _converted([*students, *teachers], products)
-        guides = converted[len(students) :]
-        for student, learner in zip(students, converted, strict=False):
-            own = [guide for guide in guides if (learner.bank, guide.bank) in pairs]
-            for guide, term in zip(own, _cross_entropies(student.embeddings, learner, own, memory), strict=True):
+        queries = _converted([*students, *teachers], memory, products)
+        for learner in queries[: len(students)]:
+            guides = [guide for guide in queries[len(students) :] if (learner.bank, guide.bank) in pairs]
+            for guide, term in zip(guides, _cross_entropies(learner, guides, memory), strict=True):
                 found[learner.bank, guide.bank] = term
     return [found[pair] for pair in pairs]
 
 
-def _cross_entropies(z: Tensor, learner: Query, guides: Sequence[Query], memory: Banks) -> Iterator[Term]:
-    """Yield the term of a learner, whose embeddings are `z` before they are converted, with each guide."""
-    z, bank = _readable(z), memory[learner.bank]
+def _cross_entropies(learner: Query, guides: Sequence[Query], memory: Banks) -> Iterator[Term]:
+    """Yield the term of a learner with each guide, in the dtype of the products."""
+    # Rounded as in the relation, so that much of the error is the same in both parts of the loss.
+    z, bank = _readable(learner.embeddings), memory[learner.bank]
     sums = relate(learner, bank, bank)
     for guide in guides:
         # Of one guide at a time: the sums are what takes memory.
@@ -202,7 +202,7 @@ def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks, produc
     """
     terms = []
     with torch.cuda.device_of(queries[0].embeddings):
-        for query, converted in zip(queries, _converted(queries, products), strict=True):
+        for query, converted in zip(queries, _converted(queries, memory, products), strict=True):
             z, positive, bank = _readable(query.embeddings), _readable(positives[query.bank]), memory[query.bank]
             sums = relate(converted, bank, bank)
             values, gradient = sums.total.new_empty(len(z)), sums.total.new_empty(z.shape)
@@ -216,11 +216,16 @@ def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks, produc
     return terms
 
 
-def _converted(queries: Sequence[Query], products: torch.dtype) -> Sequence[Query]:
+def _converted(queries: Sequence[Query], memory: Banks, products: torch.dtype) -> Sequence[Query]:
     """Return queries with their embeddings in the dtype of the products, all converted by one launch.
 
     Converted in the kernel of the relation, they would leave too few registers for its products.
+
+    Raises:
+        TooLargeError: one of them is too wide, which is seen before a relation of another is computed.
     """
+    if any(memory[query.bank].shape[1] > WIDEST for query in queries):
+        raise TooLargeError
     given = [query.embeddings for query in queries]
     if all(x.dtype == products for x in given):
         return queries

@@ -1,8 +1,8 @@
 """The terms of a loss with their gradients: from relations that are held, by kernels, or by streaming.
 
 Each way has the same two functions: `cgh.kept` where relations are few, `cgh.kernels` on CUDA in half precision,
-`cgh.streaming` for all else. To `torch.compile` and `torch.func` the last two are one operator, so that no loop over
-the memory is unrolled and no launch of a kernel traced.
+`cgh.streaming` for all else. To `torch.compile` and `torch.func` a loss by one of the last two is one operator, so that
+no loop over the memory is unrolled and no launch of a kernel traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cgh.streaming import Query, Term, common_dtype
 def cross_entropies(
     pairs: Sequence[tuple[str, str]], students: Sequence[Query], teachers: Sequence[Query], memory: Banks
 ) -> list[Term]:
-    """Return by pair `CE(p | t) = -sum_j t_j log p_j` of the learner's rows, and the gradient of its mean.
+    """Return by pair values whose mean is `CE(p | t) = -sum_j t_j log p_j`, and the gradient of that mean.
 
     Args:
         pairs: (learner, guide), names of the banks of a student and of a teacher.
@@ -62,7 +62,7 @@ def cross_entropies(
 
 
 def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
-    """Return MoCo's loss of each context, of its rows, and the gradient of its mean.
+    """Return by context values whose mean is MoCo's loss, and the gradient of that mean.
 
     Args:
         queries: of each context, the student's embeddings `(N, D)`.
@@ -127,7 +127,7 @@ def _cross_entropies(
     banks: Sequence[Tensor],
     products: torch.dtype,
 ) -> list[Tensor]:
-    """Return all values, then all gradients, of queries that are taken apart, those of the students first."""
+    """Return all values, then all gradients, of queries that are taken apart: of each learner, then of each guide."""
     queries = [Query(*parts) for parts in zip(embeddings, reads, temperatures, centres, strict=True)]
     pairs, memory = list(zip(learners, guides, strict=True)), dict(zip(names, banks, strict=True))
     students, teachers = queries[: len(set(learners))], queries[len(set(learners)) :]

@@ -231,7 +231,7 @@ def test_kernels_are_for_gpus_that_triton_supports(monkeypatch: pytest.MonkeyPat
     for number, capability in enumerate([(6, 1), (7, 0), (9, 0)]):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         device = torch.device("cuda", 100 + number)  # none that is there, as what was found is kept
-        half = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=device)
+        half = SimpleNamespace(dtype=torch.float16, device=device)
         assert streaming.backend(half) == ("torch" if capability < (7, 0) else "triton")  # type: ignore[arg-type]
         assert streaming.backend(SimpleNamespace(**vars(half) | {"dtype": torch.float64})) == "torch"  # type: ignore[arg-type]
 
@@ -331,6 +331,30 @@ def test_a_compiled_step_is_the_eager_one() -> None:
     found = torch.compile(step, backend="aot_eager", fullgraph=True)(x, t)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, list(step.parameters())), expected_gradients)
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "chunk")
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+def test_a_loss_compiled_alone(criterion: nn.Module) -> None:
+    z, t, memory = inputs()
+    expected = criterion(z, t, memory)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(compiled(z, t, memory), z), gradients(expected, z))
+    rows = {name: x.detach() for name, x in z.items()}  # which take no gradient
+    torch.testing.assert_close(compiled(rows, t, memory), expected.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(z, t, memory), expected.detach())
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch 2.14 compiles torch.func.grad of it, 2.6 does not")
+@pytest.mark.usefixtures("fresh_dynamo", "chunk")
+@pytest.mark.parametrize("criterion", [cgh.CrossContextLoss(), cgh.InfoNCELoss()])
+def test_a_compiled_transform(criterion: nn.Module) -> None:
+    z, t, memory = inputs()
+    rows = {name: x.detach() for name, x in z.items()}
+    transform = torch.func.grad(lambda z: criterion(z, t, memory))
+    found = torch.compile(transform, backend="aot_eager", fullgraph=True)(rows)
+    torch.testing.assert_close(list(found.values()), gradients(criterion(z, t, memory), z))
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,9 @@ class Pretraining:
         infonce_steps = round(config.infonce_epochs * self.per_epoch)
         self.model, self.method = build_model(config, infonce_steps, self.steps)
         self.model.to(self.device)
-        if self.device.type == "cuda":  # where products are in that precision all the same, and half as much is read
+        if (
+            self.device.type == "cuda"
+        ):  # where the kernels multiply in that precision all the same, and read half as much
             self.model.memory.to(PRECISIONS[config.precision] or torch.float32)
         self.losses = Losses(self.method.pairs)
         self.optimizer = build_optimizer(self.model, config)
