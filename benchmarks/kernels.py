@@ -85,9 +85,10 @@ def relation(capability: int, dim: int, bank: str, same: bool, tiling: kernels.T
 def loss(name: str, capability: int, dim: int) -> Needs:
     """Return what the kernel that ends a loss needs, where a bank is read in as many parts as on an H100."""
     constants = {"WIDTH": dim, "D": kernels.padded(dim), "TILE": kernels.TILE, "PARTS": 64}
-    if name == "_cross_entropy":
-        constants["OTHER_PARTS"] = 64
-    return compiled(getattr(kernels, name), capability, constants, {}, num_warps=4)
+    if name == "_infonce":
+        return compiled(kernels._infonce, capability, constants, {}, num_warps=4)
+    constants["OTHER_PARTS"] = 64
+    return compiled(kernels._cross_entropy, capability, constants, {"query": "*bf16"}, num_warps=4)
 
 
 def compiled(
