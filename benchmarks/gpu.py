@@ -389,6 +389,17 @@ def loss_rows(report: Report) -> None:
             for which, milliseconds in alone.items():
                 label = f"{what}{which}, the device's part"
                 report.rows.append(Row(label, milliseconds, base, losses.BASELINE, aim))
+    if ON_GPU:
+        ours, base = (_launches(runs[which]) for which in ("", losses.BASELINE))
+        report.rows.append(Row("its launches", ours, base, losses.BASELINE, 15, unit="", absolute=True))
+
+
+def _launches(run: Callable[[], object]) -> int:
+    """Return how many kernels `run` launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
 def _replayed(run: Callable[[], object], repetitions: int = 20) -> float:
