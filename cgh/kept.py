@@ -37,11 +37,7 @@ def cross_entropies(
 ) -> list[Term]:
     """Return by pair `CE(p | t) = -sum_j t_j log p_j`, the mean over the rows of the learner, and its gradient.
 
-    Args:
-        pairs: (learner, guide), names of the banks of a student and of a teacher.
-        students: of each learner, embeddings `(V * N, D)` of `V` views.
-        teachers: of each guide, embeddings `(N, E)`.
-        memory: banks `(K, D)` and `(K, E)`.
+    Takes and returns what `cgh.terms.cross_entropies` does, the values one scalar.
 
     Example:
         >>> import torch
@@ -92,12 +88,8 @@ def _terms(rows: Tensor, bank: Tensor, temperature: float, targets: Mapping[str,
 def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
     """Return MoCo's loss of each context, the mean over its rows, and its gradient.
 
-    It is a cross-entropy whose target is one-hot.
-
-    Args:
-        queries: of each context, the student's embeddings `(N, D)`.
-        positives: the teacher's `(N, D)`.
-        memory: banks `(K, D)`.
+    It is a cross-entropy whose target is one-hot. Takes and returns what `cgh.terms.infonce` does, the values one
+    scalar.
 
     Example:
         >>> import torch

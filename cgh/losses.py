@@ -137,13 +137,12 @@ class CrossContextLoss(nn.Module):
         learners, guides = _unique(pairs)
         rows = {name: _stacked([view[name] for view in (z, *local_views) if name in view]) for name in learners}
         students = [Query(x, name, _temperature(self.student_temperature, name)) for name, x in rows.items()]
-        centring = self.centring
         teachers = [
             Query(
                 t[name],
                 name,
                 _temperature(self.teacher_temperature, name),
-                centre=None if centring is None else centring[name],
+                centre=None if self.centring is None else self.centring[name],
             )
             for name in guides
         ]

@@ -105,11 +105,7 @@ def cross_entropies(
 ) -> list[Term]:
     """Return by pair `CE(p | t) = log sum_j exp(s_j) - z . sum_j t_j M_j / temperature`, from one pass over the memory.
 
-    Args:
-        pairs: (learner, guide), names of the banks of a student and of a teacher.
-        students: of each learner, embeddings `(V * N, D)`, one view after the other.
-        teachers: of each guide, embeddings `(N, E)`.
-        memory: banks `(K, D)` and `(K, E)`.
+    Takes and returns what `cgh.terms.cross_entropies` does, the values of the rows, `(V * N,)`.
 
     Example:
         >>> import torch
@@ -141,12 +137,8 @@ def cross_entropies(
 def infonce(queries: Sequence[Query], positives: Contexts, memory: Banks) -> list[Term]:
     """Return MoCo's loss of each context, from one pass over the memory.
 
-    The softmax over the positive and the memory, at the positive, is a sigmoid.
-
-    Args:
-        queries: of each context, the student's embeddings `(N, D)`.
-        positives: the teacher's `(N, D)`.
-        memory: banks `(K, D)`.
+    The softmax over the positive and the memory, at the positive, is a sigmoid. Takes and returns what
+    `cgh.terms.infonce` does, the values of the rows, `(N,)`.
 
     Example:
         >>> import torch
